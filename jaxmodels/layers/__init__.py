@@ -1,0 +1,1 @@
+"""Linen modules that several models share: thin wrappers that own parameters."""

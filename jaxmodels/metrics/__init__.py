@@ -1,0 +1,1 @@
+"""Measures of results; they know no model."""
