@@ -1,1 +1,25 @@
-"""TBD"""
+"""Training: state, step, loop, precision, sharding, checkpoints, logging. Knows no model."""
+
+from jaxmodels.training.checkpoint import Checkpointer
+from jaxmodels.training.compilation import enable_compilation_cache
+from jaxmodels.training.loop import NonFiniteError, fit
+from jaxmodels.training.optimizers import adamw, decay_mask
+from jaxmodels.training.precision import compute_dtype
+from jaxmodels.training.sharding import make_mesh, shard_batch
+from jaxmodels.training.state import TrainState, init_state
+from jaxmodels.training.step import make_step
+
+__all__ = [
+    "Checkpointer",
+    "NonFiniteError",
+    "TrainState",
+    "adamw",
+    "compute_dtype",
+    "decay_mask",
+    "enable_compilation_cache",
+    "fit",
+    "init_state",
+    "make_mesh",
+    "make_step",
+    "shard_batch",
+]

@@ -1,0 +1,167 @@
+"""Checkpoints that survive: written aside and renamed by Orbax, checked when read.
+
+Orbax makes a checkpoint visible only when it is complete. What it cannot see
+is damage done later, so every array's checksum is stored beside it; a
+checkpoint that cannot be read whole is passed over for the one before.
+"""
+
+import textwrap
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxmodels.training.sharding import path_name
+
+
+class Checkpointer:
+    """Saves and restores a state with the facts that belong to it.
+
+    Args:
+      directory: made if missing; one run's checkpoints, a folder per step.
+      keep: how many of the latest to keep. At least 2, or a damaged one would
+        have no predecessor.
+
+    Raises:
+      ValueError: `keep` below 2.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        if keep < 2:
+            raise ValueError(
+                f"Checkpointer: keep={keep} leaves nothing to fall back on; pass at least 2"
+            )
+        self._directory = Path(directory).resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
+        """Starts writing a checkpoint; training may go on (and donate `state`) at once.
+
+        Args:
+          step: number of the checkpoint.
+          state: a tree of arrays.
+          facts: JSON-serialisable values: configuration, data position.
+
+        Raises:
+          OSError: this or the previous checkpoint could not be written. Those
+            before it are untouched.
+        """
+        saved = {"facts": dict(facts), "checksums": _checksums(state)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(saved)
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._write_error(step, error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._write_error(None, error) from error
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is whole.
+
+        Args:
+          like: a state of the same structure; shapes, dtypes and shardings of
+            the result follow it.
+
+        Returns:
+          `(state, facts)`, or None when there is no checkpoint at all.
+
+        Raises:
+          OSError: there are checkpoints, and every one is damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore_step(step, like)
+            except Exception as error:
+                warnings.warn(
+                    f"checkpoint {self._directory / str(step)} is damaged and passed over: "
+                    f"{_first_line(error)}",
+                    stacklevel=2,
+                )
+                # Training will come by this step again and must be able to save it.
+                self._manager.delete(step)
+        if steps:
+            raise OSError(
+                f"Checkpointer: none of the checkpoints {steps} in {self._directory} can be read; "
+                "start anew in another directory"
+            )
+        return None
+
+    def facts(self) -> dict[str, Any] | None:
+        """The facts of the newest checkpoint whose facts can be read, or None."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._read_facts(step)["facts"]
+            except Exception as error:
+                # restore() is the one to warn; here an older answer serves as well.
+                del error
+        return None
+
+    def close(self) -> None:
+        """Waits for pending writes and releases threads.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
+        self.wait()
+        self._manager.close()
+
+    def _read_facts(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["facts"]
+
+    def _restore_step(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        saved = self._read_facts(step)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=args)["state"]
+        found = _checksums(state)
+        for name, checksum in saved["checksums"].items():
+            if found.get(name) != checksum:
+                raise OSError(f"the contents of {name} do not match their checksum")
+        return state, saved["facts"]
+
+    def _write_error(self, step: int | None, error: Exception) -> OSError:
+        what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        kept = sorted(s for s in self._manager.all_steps(read=True) if s != step)
+        return OSError(
+            f"Checkpointer: {what} could not be written to {self._directory}: "
+            f"{_first_line(error)}. Complete checkpoints there: {kept or 'none'}; "
+            "make room and run the same command again"
+        )
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    def checksum(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return zlib.crc32(np.ascontiguousarray(leaf))
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): checksum(leaf) for path, leaf in leaves}
+
+
+def _first_line(error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {textwrap.shorten(text, 160)}"

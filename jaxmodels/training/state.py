@@ -1,0 +1,88 @@
+"""Everything that training changes, as one value."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, Key
+
+from jaxmodels.training.sharding import Rules, make_mesh, tree_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters and all that is needed to go on training them.
+
+    Attributes:
+      step: updates done so far, an int32 scalar.
+      params: the parameters, float32.
+      opt_state: the optimizer's state.
+      ema: moving average of the parameters, or None.
+      key: the run's key; step `n` uses `fold_in(key, n)`, so that resuming
+        needs no history.
+      placement: the sharding of every leaf, in tree order; static. A step pins
+        its result to it, or XLA might move leaves and compile again for that.
+    """
+
+    # Any, because trees of shapes and of shardings have this structure too.
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: Any
+    placement: tuple[Sharding, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    example_batch: Mapping[str, Any],
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    ema: bool = False,
+) -> TrainState:
+    """Initialises parameters and optimizer, directly where the mesh wants them.
+
+    One compiled program makes the whole state, so no device ever holds more
+    than its part, and XLA drops the forward pass that Flax initialises with.
+
+    Args:
+      model: a linen module whose only variables are parameters.
+      optimizer: an optax transformation.
+      key: makes the parameters and, folded, every later step.
+      example_batch: the arguments of the model's call by name, arrays or
+        `jax.ShapeDtypeStruct`s; only shapes and dtypes matter.
+      mesh: from `make_mesh`; by default the first device alone.
+      rules: see `tree_shardings`.
+      ema: whether to keep a moving average (needed by `make_step(ema=...)`).
+
+    Returns:
+      A `TrainState` at step 0.
+    """
+    init_key, run_key = jax.random.split(key)
+    shapes = {name: (x.shape, x.dtype) for name, x in example_batch.items()}
+
+    def build(init_key, run_key):
+        example = {name: jnp.zeros(*shape) for name, shape in shapes.items()}
+        params = model.init(init_key, **example)["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            # A distinct buffer: step donates both.
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
+            key=run_key,
+        )
+
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    abstract = jax.eval_shape(build, init_key, run_key)
+    shardings = tree_shardings(abstract, mesh, rules)
+    state = jax.jit(build, out_shardings=shardings)(init_key, run_key)
+    return state.replace(placement=tuple(jax.tree.leaves(shardings)))
