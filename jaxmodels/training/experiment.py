@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import sys
 import time
 import traceback
@@ -19,6 +20,7 @@ import tyro
 
 from jaxmodels import cpu
 from jaxmodels.training.compilation import enable_compilation_cache
+from jaxmodels.training.loop import describe_difference
 
 # What a wrong input, a bad file or a full disk raises; anything else is a bug.
 _EXPECTED = (ValueError, OSError, ArithmeticError)
@@ -48,8 +50,8 @@ def run(main: Callable[[Any, Path], Result], config_class: type) -> None:
 
     The folder is `runs/<experiment>/<time>/`, or the configuration's `folder`.
     An unfinished run of the same configuration is gone on with; a finished
-    one is not touched. A problem the user can mend ends with one message and
-    status 1; its traceback is kept in the folder.
+    one is left alone. A problem the user can mend ends with one message and
+    status 1, its traceback kept in the folder as `error.txt`.
 
     Args:
       main: takes the configuration and the run's folder.
@@ -57,81 +59,18 @@ def run(main: Callable[[Any, Path], Result], config_class: type) -> None:
     """
     cpu.tune()
     script = Path(sys.argv[0])
-    description = (sys.modules["__main__"].__doc__ or "").strip()
-    config = tyro.cli(config_class, description=description)
+    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
     try:
         with _run_folder(config, Path("runs") / script.stem) as folder:
             _run_in(folder, main, config)
     except _EXPECTED as error:
-        _explain(error, script)
+        print(f"{script.name}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def trajectory_fields(config: Any) -> dict[str, Any]:
     """The fields of a configuration that determine the result, as JSON values."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
-    return json.loads(json.dumps(fields, default=str))
-
-
-def _run_in(folder: Path, main: Callable[[Any, Path], Result], config: Any) -> None:
-    started = time.monotonic()
-    enable_compilation_cache()
-    print(f"{folder}", flush=True)
-    write_json(
-        folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    )
-    try:
-        result = main(config, folder)
-    except _EXPECTED:
-        (folder / "error.txt").write_text(traceback.format_exc())
-        raise
-    seconds = time.monotonic() - started
-    write_json(
-        folder / "result.json",
-        {**dataclasses.asdict(result), "seconds": round(seconds, 1), **_surroundings()},
-    )
-    print(f"{'The claim holds' if result.holds else 'The claim does not hold'}: {result.claim}")
-    for name, value in result.measured.items():
-        print(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
-    print(f"{seconds:.0f} s; everything is in {folder}", flush=True)
-
-
-@contextlib.contextmanager
-def _run_folder(config: Any, parent: Path) -> Iterator[Path]:
-    """Finds or makes the folder and keeps every other process out of it."""
-    if config.folder is not None:
-        candidates = [config.folder]
-    else:
-        candidates = [p for p in sorted(parent.glob("*"), reverse=True) if _unfinished(p, config)]
-        candidates.append(parent / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    for folder in candidates:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            continue
-        with contextlib.closing(contextlib.ExitStack()) as stack:
-            stack.callback(lock.release)
-            yield folder
-        return
-    raise ValueError(f"run: another process is working in {candidates[-1]}; wait or use --folder")
-
-
-def _unfinished(folder: Path, config: Any) -> bool:
-    saved = folder / "config.json"
-    if not saved.is_file() or (folder / "result.json").exists():
-        return False
-    try:
-        before = json.loads(saved.read_text())
-    except json.JSONDecodeError:
-        return False
-    now = trajectory_fields(config)
-    return {k: v for k, v in before.items() if k not in _FREE_FIELDS} == now
-
-
-def _explain(error: BaseException, script: Path) -> None:
-    print(f"{script.name}: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(1) from None
+    return {k: v for k, v in _json_fields(config).items() if k not in _FREE_FIELDS}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,11 +80,73 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def _json_fields(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _run_in(folder: Path, main: Callable[[Any, Path], Result], config: Any) -> None:
+    started = time.monotonic()
+    print(f"working in {folder}", flush=True)
+    enable_compilation_cache()
+    try:
+        result = main(config, folder)
+    except _EXPECTED:
+        (folder / "error.txt").write_text(traceback.format_exc())
+        raise
+    seconds = time.monotonic() - started
+    report = {**dataclasses.asdict(result), "seconds": round(seconds, 1), **_surroundings()}
+    write_json(folder / "result.json", report)
+    for name, value in result.measured.items():
+        print(f"  {name:<40} {value:.4g}" if isinstance(value, float) else f"  {name:<40} {value}")
+    print(f"{'The claim holds' if result.holds else 'The claim does not hold'}: {result.claim}")
+    print(f"{seconds:.0f} s; everything is in {folder}", flush=True)
+
+
+@contextlib.contextmanager
+def _run_folder(config: Any, parent: Path) -> Iterator[Path]:
+    """Finds or makes the folder and keeps every other process out of it."""
+    if config.folder is not None:
+        candidates = [config.folder]
+    else:
+        unfinished = [p for p in parent.glob("*") if not (p / "result.json").exists()]
+        candidates = [p for p in sorted(unfinished, reverse=True) if not _difference(p, config)]
+        candidates.append(parent / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    for folder in candidates:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The kernel releases it however the process ends.
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except filelock.Timeout:
+            continue
+        with held:
+            if difference := _difference(folder, config):
+                raise ValueError(
+                    f"run: {folder} holds a run of another configuration ({difference}); use "
+                    "those values, or another folder"
+                )
+            write_json(folder / "config.json", _json_fields(config))
+            yield folder
+        return
+    raise ValueError(f"run: another process is working in {candidates[-1]}; wait, or use --folder")
+
+
+def _difference(folder: Path, config: Any) -> str:
+    """Says in which fields the run in a folder differs from a configuration; empty if in none."""
+    saved = folder / "config.json"
+    if not saved.is_file():
+        return ""
+    there, now = json.loads(saved.read_text()), trajectory_fields(config)
+    names = sorted({*there, *now} - _FREE_FIELDS)
+    return describe_difference({n: there.get(n) for n in names}, now, "there")
+
+
 def _surroundings() -> dict[str, Any]:
     packages = ("jax", "flax", "optax", "numpy", "jaxmodels")
     return {
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         "hardware": {
-            "devices": [str(device) for device in jax.devices()],
+            "devices": [f"{device.platform} {device.device_kind}" for device in jax.devices()],
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
         },

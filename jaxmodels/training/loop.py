@@ -154,7 +154,11 @@ def _resume(checkpoints, state, batches, config) -> TrainState:
     facts = checkpoints.facts()
     if facts is None:
         return state
-    _check_same(facts["config"], config)
+    if difference := describe_difference(facts["config"], config, "checkpoint"):
+        raise ValueError(
+            f"fit: the checkpoint was made with a different configuration ({difference}); "
+            "use those values, or another directory"
+        )
     restored = checkpoints.restore(state)
     if restored is None:
         return state
@@ -163,18 +167,13 @@ def _resume(checkpoints, state, batches, config) -> TrainState:
     return state
 
 
-def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    differing = [
-        f"{name}: checkpoint {saved.get(name)!r}, now {current.get(name)!r}"
-        for name in sorted({*saved, *current})
-        if saved.get(name) != current.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            "fit: the checkpoint was made with a different configuration ("
-            + "; ".join(differing)
-            + "); use those values, or another directory"
-        )
+def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:
+    """The fields in which two configurations differ, with both values; empty if in none."""
+    return "; ".join(
+        f"{name}: {where} {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
 
 
 @contextlib.contextmanager
