@@ -1,0 +1,181 @@
+"""A directory of class folders of JPEG and PNG files as a data set."""
+
+import dataclasses
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from jaxmodels.data.pipeline import ImageDataset
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_NAMED = 5
+
+
+def image_folder(
+    path: str | os.PathLike[str],
+    *,
+    image_size: int,
+    channels: int = 3,
+    strict: bool = False,
+    cache: bool = True,
+    flip: bool = True,
+) -> ImageDataset:
+    """Reads `path/<class>/**/*.{jpg,jpeg,png}`; the sorted folder names are the classes.
+
+    A picture is turned upright by its EXIF tag, its shorter side is scaled to
+    `image_size` with an antialiased bicubic filter, its centre is cut out, and
+    its values lie in [-1, 1]. Transparency is dropped; 16-bit grey is rounded
+    to 8 bits. Hidden files and files with other endings are ignored.
+
+    Every file is decoded once here, in threads, because only decoding finds a
+    truncated file. With `cache` the result is kept: uint8, N * image_size^2 *
+    channels bytes, and as much again in every worker process that `batches` is
+    asked for, though a cached data set hardly needs any. Without it only the
+    paths are kept and a picture is decoded whenever it is read.
+
+    Args:
+      path: the directory that holds one folder per class.
+      image_size: rows and columns of the square pictures.
+      channels: 3 for colour, 1 for grey.
+      strict: a file that cannot be decoded is an error; otherwise it is
+        skipped, and one `UserWarning` counts such files and names the first.
+      cache: keep the decoded pictures in memory.
+      flip: let `batches` mirror each picture left to right with probability 1/2.
+
+    Returns:
+      Pictures of shape (image_size, image_size, channels), ordered by path.
+
+    Raises:
+      ValueError: no such directory, no class folders, a class without a readable
+        picture, a broken file with `strict`, or an impossible size.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_folder: image_size={image_size} is not positive; pass at least 1")
+    if channels not in (1, 3):
+        raise ValueError(f"image_folder: channels={channels}; pass 3 for colour or 1 for grey")
+    root = Path(path)
+    class_names = _class_names(root)
+    found = [
+        (file, label) for label, name in enumerate(class_names) for file in _pictures(root / name)
+    ]
+    files = PictureFiles(tuple(str(file) for file, _ in found), image_size, channels)
+    labels = np.array([label for _, label in found], np.int32)
+    decoded, faults = _decode_all(files, keep=cache)
+    pixels = files if decoded is None else decoded
+    if any(faults):
+        _report(root, dict(zip(files.paths, faults, strict=True)), strict=strict)
+        good = np.flatnonzero([fault is None for fault in faults])
+        pixels, labels = pixels[good], labels[good]
+    _require_every_class(root, class_names, labels)
+    return ImageDataset(pixels=pixels, labels=labels, class_names=class_names, flip=flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFiles:
+    """Files that behave as the array of their pictures: indexing selects, `np.asarray` decodes."""
+
+    paths: tuple[str, ...]
+    image_size: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, Y, X, C, as if decoded."""
+        return (len(self.paths), self.image_size, self.image_size, self.channels)
+
+    def __getitem__(self, indices: Int[np.ndarray, "B"]) -> "PictureFiles":
+        return dataclasses.replace(self, paths=tuple(self.paths[index] for index in indices))
+
+    def __array__(
+        self, dtype: Any = None, copy: bool | None = None
+    ) -> UInt8[np.ndarray, "N Y X C"]:
+        return np.stack([self.decode(path) for path in self.paths])
+
+    def decode(self, path: str) -> UInt8[np.ndarray, "Y X C"]:
+        """Reads one file from disk; raises whatever Pillow raises for a broken one."""
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            upright = _eight_bits(ImageOps.exif_transpose(image))
+        colours = upright.convert("RGB" if self.channels == 3 else "L")
+        square = ImageOps.fit(colours, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return np.asarray(square).reshape(self.shape[1:])
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Undoes what `convert` gets wrong: it clips 16-bit grey and warns of palettes with alpha."""
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    return image.convert("RGBA") if "transparency" in image.info else image
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise ValueError(
+            f"image_folder: path {str(root)!r} {state}; pass a directory of class folders"
+        )
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise ValueError(
+            f"image_folder: path {str(root)!r} holds no class folders; put the pictures of each "
+            f"class into a folder of its own, as in {str(root / 'cats' / '1.jpg')!r}"
+        )
+    return tuple(names)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _decode_all(
+    files: PictureFiles, *, keep: bool
+) -> tuple[UInt8[np.ndarray, "N Y X C"] | None, list[str | None]]:
+    """Decodes every file once; what is wrong with each, or None, and the pixels if kept."""
+    pixels = np.empty(files.shape, np.uint8) if keep else None
+
+    def fault(index: int) -> str | None:
+        try:
+            picture = files.decode(files.paths[index])
+        except UnidentifiedImageError:
+            return "not a JPEG or PNG file"
+        # Pillow promises no one exception, and whatever a decoder raises is the file's fault.
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        if pixels is not None:
+            pixels[index] = picture
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return pixels, list(pool.map(fault, range(len(files.paths))))
+
+
+def _report(root: Path, faults: dict[str, str | None], *, strict: bool) -> None:
+    bad = [f"{path} ({fault})" for path, fault in faults.items() if fault is not None]
+    named = "; ".join(bad[:_NAMED]) + ("; ..." if len(bad) > _NAMED else "")
+    count = f"{len(bad)} of {len(faults)} pictures in {str(root)!r} cannot be decoded"
+    if strict:
+        raise ValueError(
+            f"image_folder: {count}: {named}. Repair or remove them, or pass strict=False"
+        )
+    warnings.warn(f"image_folder: skipped {count}: {named}", stacklevel=3)
+
+
+def _require_every_class(
+    root: Path, class_names: tuple[str, ...], labels: Shaped[np.ndarray, "N"]
+) -> None:
+    empty = [name for label, name in enumerate(class_names) if label not in labels]
+    if empty:
+        raise ValueError(
+            f"image_folder: no readable {', '.join(_SUFFIXES)} files in class folder(s) "
+            f"{', '.join(map(repr, empty[:_NAMED]))} of path {str(root)!r}; add pictures or "
+            "remove the folder(s)"
+        )

@@ -1,0 +1,298 @@
+"""From pictures in memory or on disk to an endless, resumable stream of batches.
+
+Every batch is a pure function of (seed, batch number), so the number is the
+whole position: workers, prefetching and restarts cannot change what is read.
+"""
+
+import atexit
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Float32, Int, Int32, UInt8
+
+# First words of the random keys, so that order and mirroring never share a stream.
+_ORDER, _FLIPS = 0, 1
+
+_RUNNING: weakref.WeakSet["_BatchIterator"] = weakref.WeakSet()
+
+
+@runtime_checkable
+class Pixels(Protocol):
+    """A uint8 (N, Y, X, C) array, or what turns into one by `np.asarray` when it is needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N, Y, X, C."""
+
+    def __getitem__(self, indices: Int[np.ndarray, "B"], /) -> "Pixels":
+        """The pictures at `indices`."""
+
+    def __array__(self) -> UInt8[np.ndarray, "N Y X C"]:
+        """The levels of all pictures."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Labelled pictures of one size; a random-access source for Grain.
+
+    Attributes:
+      pixels: grey or colour levels, 0 to `white`.
+      labels: the class of each picture, an index into `class_names`.
+      class_names: one name per class.
+      white: the level that becomes 1; level 0 becomes -1.
+      flip: whether `batches` mirrors pictures at random; indexing never does.
+    """
+
+    pixels: Pixels
+    labels: Int32[np.ndarray, "N"]
+    class_names: tuple[str, ...]
+    white: int = 255
+    flip: bool = False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of every picture."""
+        _, rows, columns, channels = self.pixels.shape
+        return rows, columns, channels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        images, labels = self.take(np.array([index]))
+        return {"image": images[0], "label": labels[0]}
+
+    def take(
+        self, indices: Int[np.ndarray, "B"]
+    ) -> tuple[Float32[np.ndarray, "B Y X C"], Int32[np.ndarray, "B"]]:
+        """Pictures in [-1, 1] and their labels, several at once."""
+        images = np.asarray(self.pixels[indices]).astype(np.float32)
+        images /= self.white / 2
+        images -= 1
+        return images, self.labels[indices]
+
+    def arrays(self) -> tuple[Float32[np.ndarray, "N Y X C"], Int32[np.ndarray, "N"]]:
+        """The whole data set as two arrays, in order and unmirrored."""
+        return self.take(np.arange(len(self)))
+
+    def split(self, *, held_out: float, seed: int) -> tuple["ImageDataset", "ImageDataset"]:
+        """Splits off a part with the same proportions of classes.
+
+        Args:
+          held_out: the share of pictures in the second part, between 0 and 1.
+          seed: of the choice; the same seed always chooses the same pictures.
+
+        Returns:
+          The pictures to learn from, and those held out.
+
+        Raises:
+          ValueError: too few pictures of some class for this share.
+        """
+        # scikit-learn takes a second to import, and most programs never split.
+        from sklearn.model_selection import train_test_split
+
+        try:
+            parts = train_test_split(
+                np.arange(len(self)), test_size=held_out, random_state=seed, stratify=self.labels
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"ImageDataset.split: held_out={held_out} does not suit {len(self)} pictures of "
+                f"{len(self.class_names)} classes: {str(error).rstrip('.')}; "
+                "add pictures or change held_out"
+            ) from error
+
+        def pick(part):
+            # Indexing files would decode them all and hold them.
+            lazy = not isinstance(self.pixels, np.ndarray)
+            pixels = self.pixels.select(part) if lazy else self.pixels[part]
+            return dataclasses.replace(self, pixels=pixels, labels=self.labels[part])
+
+        return pick(parts[0]), pick(parts[1])
+
+
+def batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    num_workers: int = 0,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """An iterator of `{"image": (B, Y, X, C), "label": (B,)}` whose position can be saved.
+
+    Each epoch is a new permutation of the data set, of which every process
+    reads its own part; what does not fill a batch is dropped, so the shape is
+    static and all processes see equally many batches. The batches depend on
+    `seed` alone, not on `num_workers`. `get_state()` is a small dictionary for
+    JSON; `set_state` of a fresh iterator continues with exactly the next batch.
+
+    Args:
+      dataset: where the pictures come from.
+      batch_size: pictures in a batch of this process.
+      seed: of the permutations and of the mirroring; not negative.
+      num_workers: processes that read ahead; 0 reads ahead in two threads of
+        this one, which suffices unless many large files are decoded. Workers
+        start afresh, so a script that uses them needs the usual
+        `if __name__ == "__main__"`; `close()` ends them early.
+      shuffle: False keeps the order of the data set.
+      num_epochs: passes over the data; None never ends.
+      process_index, process_count: this process among those that train together.
+
+    Returns:
+      A Grain iterator.
+
+    Raises:
+      ValueError: a number out of its range, or more pictures in a batch than
+        this process reads.
+    """
+    _check_range("seed", seed, 0)
+    _check_range("batch_size", batch_size, 1)
+    _check_range("num_workers", num_workers, 0)
+    _check_range("process_count", process_count, 1)
+    _check_range("process_index", process_index, 0, process_count - 1)
+    if num_epochs is not None:
+        _check_range("num_epochs", num_epochs, 1)
+    share = len(dataset) // process_count
+    if batch_size > share:
+        raise ValueError(
+            f"batches: batch_size={batch_size} is more than the {share} pictures that each of "
+            f"process_count={process_count} processes reads of {len(dataset)}; pass at most {share}"
+        )
+    read = _ReadBatch(dataset, batch_size, seed, shuffle, process_index, process_count)
+    count = sys.maxsize if num_epochs is None else num_epochs * read.batches_per_epoch
+    return _BatchIterator(read, count, num_workers)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ReadBatch:
+    """Batch number -> batch. Whole ones: Grain takes tens of microseconds for every element."""
+
+    dataset: ImageDataset
+    batch_size: int
+    seed: int
+    shuffle: bool
+    process_index: int
+    process_count: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.dataset) // self.process_count // self.batch_size
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(number, self.batches_per_epoch)
+        size = len(self.dataset)
+        order = _permutation(size, self.seed, epoch) if self.shuffle else np.arange(size)
+        mine = order[self.process_index :: self.process_count]
+        images, labels = self.dataset.take(mine[place * self.batch_size :][: self.batch_size])
+        if self.dataset.flip:
+            rng = _generator(self.seed, _FLIPS, number, self.process_index)
+            mirrored = rng.random(len(images)) < 0.5
+            images[mirrored] = images[mirrored, :, ::-1]
+        return {"image": images, "label": labels}
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Counts batches, so that its state is the same whatever reads ahead below it."""
+
+    def __init__(self, read: _ReadBatch, count: int, num_workers: int):
+        super().__init__()
+        self._read = read
+        self._count = count
+        self._num_workers = num_workers
+        self._position = 0
+        self._ahead: grain.DatasetIterator | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._assert_not_closed()
+        self.start_prefetch()
+        batch = next(self._ahead)
+        self._position += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_batch": self._position}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"next_batch"}:
+            raise ValueError(
+                f"batches: set_state got the keys {sorted(state)}, not 'next_batch'; "
+                "pass what get_state returned"
+            )
+        self._stop()
+        self._position = int(state["next_batch"])
+
+    def start_prefetch(self) -> None:
+        if self._ahead is None:
+            # Grain's workers read absl flags, which only programs built on absl parse.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            numbers = grain.MapDataset.range(self._position, self._count)
+            reads = numbers.map(self._read).to_iter_dataset(
+                grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+            )
+            self._ahead = iter(
+                reads.mp_prefetch(
+                    grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2),
+                    worker_init_fn=_live_and_die_with_parent,
+                )
+            )
+            _RUNNING.add(self)
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+
+@atexit.register
+def _close_running() -> None:
+    """Ends workers while modules still exist; left to the collector they end in tracebacks."""
+    for iterator in list(_RUNNING):
+        iterator.close()
+
+
+def _live_and_die_with_parent(worker_index: int, worker_count: int) -> None:
+    """A worker leaves signals sent to the whole group to its parent, and dies when that does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# Consecutive batches share an epoch, and two epochs can be in flight where they meet.
+@functools.lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
+    return _generator(seed, _ORDER, epoch).permutation(size)
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def _check_range(name: str, value: int, low: int, high: int = sys.maxsize) -> None:
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == sys.maxsize else f"{low} to {high}"
+        raise ValueError(f"batches: {name}={value} is out of range; pass {limits}")
