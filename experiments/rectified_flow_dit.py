@@ -60,9 +60,9 @@ class Config:
     """Parts that each batch is taken in, one after the other, to save memory."""
     learning_rate: float = 3e-3
     warmup: int = 50
-    weight_decay: float = 0.0
+    weight_decay: float = 0.05
     clip_norm: float = 1.0
-    ema: float = 0.995
+    ema: float = 0.99
     label_dropout: float = 0.1
     precision: str = "float32"
     """Of the computation: float32 or bfloat16."""

@@ -1,1 +1,4 @@
 """The mathematics: pure functions of arrays, no parameters, no Flax."""
+
+from jaxmodels.ops import flow as flow
+from jaxmodels.ops.attention import dot_product_attention as dot_product_attention

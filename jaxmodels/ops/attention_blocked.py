@@ -1,0 +1,379 @@
+"""Attention block by block: memory linear in the sequence, fast on a CPU.
+
+The forward pass takes a block of queries and all keys it may see; the backward
+pass takes a block of keys and all queries that may see it, and recomputes the
+probabilities from the saved log-sum-exp. Its blocks are transposed, (keys,
+queries), because a product whose large operand is transposed runs at half the
+speed, and this leaves one small one of the kind. A step of the outer loop works
+on a few heads of an image, or on a few images, batched: every core has a head
+of its own. What fits one step has no outer loop at all, which costs its share.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jaxmodels.ops.attention_naive import SegmentIds, Window
+
+# Logits in a block: many rows make products efficient, memory sets the limit.
+_BLOCK_LOGITS = 1 << 23
+_MIN_ROWS, _MAX_ROWS = 128, 1024
+# Blocks written out one after the other, each with its own range of columns.
+# Beyond this many, neighbours share a range and a loop: compile time is bounded.
+_MAX_SPANS = 8
+
+
+class _Config(NamedTuple):
+    """What is fixed at trace time."""
+
+    window: Window
+    scale: float
+    softcap: float | None
+    offset: int  # query t stands at key t + offset
+    images: int  # in a step
+    heads: int  # key heads in a step: all of them if there are several images
+
+
+class _Pairs(NamedTuple):
+    """What is known of pairs of queries and keys; (N, G, H / G, T, S), each full or one."""
+
+    bias: Array | None
+    mask: Array | None
+    segment_ids: SegmentIds | None
+
+
+class _Span(NamedTuple):
+    """`count` blocks of `rows` rows from `start`, which see columns low to high - 1.
+
+    `edges` are the ranges of these columns, counted from low, that some of the
+    rows do not see.
+    """
+
+    start: int
+    rows: int
+    count: int
+    low: int
+    high: int
+    edges: tuple[tuple[int, int], ...]
+
+
+class _Block(NamedTuple):
+    """Where a block lies: its first image, first key head, queries and keys."""
+
+    image: Array
+    head: Array
+    query: int | Array
+    queries: int
+    key: int | Array
+    keys: int
+    edges: tuple[tuple[int, int], ...]
+
+
+def blocked_attention(
+    q: Float[Array, "N T H K"],
+    k: Float[Array, "N S G K"],
+    v: Float[Array, "N S G V"],
+    bias: Float[Array, "#N #H #T #S"] | None,
+    mask: Bool[Array, "#N #H #T #S"] | None,
+    segment_ids: SegmentIds | None,
+    sinks: Float[Array, "H"] | None,
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "N T H V"]:
+    """Attention whose memory grows with T + S; arguments as in `naive_attention`.
+
+    Blocks that causality or the window hides altogether are skipped. Only a
+    bias or mask given in full, and the gradient of such a bias, have T * S
+    elements.
+    """
+    batch, num_queries, num_heads, _ = q.shape
+    num_keys, kv_heads = k.shape[1:3]
+    group = num_heads // kv_heads
+    images, heads = _per_step(batch, kv_heads, group * num_queries * num_keys)
+    config = _Config(window, scale, softcap, num_keys - num_queries, images, heads)
+
+    def split_heads(x):  # (N, T, H, K) -> (steps, images, heads, H / G, T, K)
+        x = x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+        return x.reshape(-1, images, heads, *x.shape[2:])
+
+    def split_pairs(x):
+        groups = (kv_heads, group) if x.shape[1] > 1 else (1, 1)
+        return x.reshape(x.shape[0], *groups, *x.shape[2:])
+
+    pairs = _Pairs(*(None if x is None else split_pairs(x) for x in (bias, mask)), segment_ids)
+    # A sink is the same in all images; one copy for each is small.
+    if sinks is not None:
+        sinks = jnp.tile(sinks, batch).reshape(-1, images, heads, group)
+    arrays = (split_heads(q), split_heads(k), split_heads(v), sinks, pairs)
+    out = _attention(config, batch, *_vary_alike(arrays))
+    return out.reshape(batch, num_heads, num_queries, -1).transpose(0, 2, 1, 3)
+
+
+def _per_step(batch: int, kv_heads: int, logits_per_head: int) -> tuple[int, int]:
+    """How many images and key heads a step takes: all, or whole images, or some heads."""
+    if batch * kv_heads * logits_per_head <= _BLOCK_LOGITS:
+        return batch, kv_heads
+    most = max(2, _BLOCK_LOGITS // 4 // logits_per_head)
+    if most < kv_heads:
+        return 1, _divisor(kv_heads, most)
+    return _divisor(batch, most // kv_heads), kv_heads
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
+def _vary_alike(arrays):
+    """Makes all arrays vary over the same axes of an enclosing `shard_map`.
+
+    The gradient of one that is shared between devices is then summed over them.
+    """
+
+    def axes(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    everywhere = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
+
+    def vary(x):
+        missing = tuple(everywhere - axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
+
+
+def _spans(num_rows: int, num_columns: int, batch: int, offset: int, window: Window):
+    """Cuts rows into blocks; row r sees columns r + offset - left to r + offset + right."""
+    most = _MAX_ROWS
+    if window != (None, None):  # shorter blocks skip more of what is hidden
+        most = min(most, max(2 * _MIN_ROWS, num_rows // _MAX_SPANS))
+    rows = max(_MIN_ROWS, min(most, _BLOCK_LOGITS // (batch * num_columns)))
+    rows = -(-num_rows // -(-num_rows // rows))
+    full, rest = divmod(num_rows, rows)
+    count = -(-full // _MAX_SPANS)
+    cuts = [(first * rows, rows, min(count, full - first)) for first in range(0, full, count)]
+    if rest:
+        cuts.append((full * rows, rest, 1))
+    return [_span(*cut, num_columns, offset, window) for cut in cuts]
+
+
+def _span(start: int, rows: int, count: int, num_columns: int, offset: int, window: Window):
+    left, right = window
+    first, last = start + offset, start + offset + count * rows - 1
+
+    def clip(column, low=0):
+        return min(max(low, column), num_columns)
+
+    low = 0 if left is None else clip(first - left)
+    high = num_columns if right is None else clip(last + right + 1, low)
+    # All rows see what lies between the last row's left and the first row's right.
+    all_low = 0 if left is None else min(clip(last - left), high)
+    all_high = num_columns if right is None else clip(first + right + 1, low)
+    edges = ((low, all_low), (all_high, high)) if all_low < all_high else ((low, high),)
+    edges = tuple((a - low, b - low) for a, b in edges if a < b)
+    return _Span(start, rows, count, low, high, edges)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(config, batch, q, k, v, sinks, pairs):
+    return _forward(config, batch, q, k, v, sinks, pairs)[0]
+
+
+def _places(config, batch, steps):
+    """The first image and the first key head of every step."""
+    rounds = batch // config.images
+    heads = config.heads * jnp.arange(steps // rounds)
+    return jnp.repeat(config.images * jnp.arange(rounds), len(heads)), jnp.tile(heads, rounds)
+
+
+def _forward(config, batch, q, k, v, sinks, pairs):
+    def one_step(operands):
+        return _forward_step(config, pairs, *operands)
+
+    places = _places(config, batch, q.shape[0])
+    out, lse = lax.map(one_step, (*places, q, k, v, sinks))
+    return out, (q, k, v, sinks, pairs, out, lse)
+
+
+def _forward_step(config, pairs, image, head, q, k, v, sinks):
+    images, heads, group, num_queries, _ = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q, k, values = q.astype(wide) * config.scale, k[:, :, 0].astype(wide), v[:, :, 0].astype(wide)
+    sink = None if sinks is None else sinks.astype(wide)[..., None]
+    parts = []
+    for span in _spans(
+        num_queries, k.shape[2], images * heads * group, config.offset, config.window
+    ):
+        seen = slice(span.low, span.high)
+
+        def one_block(i, span=span, seen=seen):
+            query = span.start + i * span.rows
+            columns = span.high - span.low
+            block = _Block(image, head, query, span.rows, span.low, columns, span.edges)
+            rows = lax.dynamic_slice_in_dim(q, query, span.rows, axis=3)
+            dots = jnp.einsum("nhgtk,nhsk->nhgts", rows, k[:, :, seen])
+            logits = _finish(config, pairs, block, dots)[0]
+            top = jnp.max(logits, axis=-1, initial=-jnp.inf)
+            top = top if sink is None else jnp.maximum(top, sink)
+            # A row without keys has the maximum -inf, and -inf - -inf is not a number.
+            top = jnp.where(top == -jnp.inf, 0.0, top)
+            weights = jnp.exp(logits - top[..., None])
+            total = jnp.sum(weights, axis=-1)
+            total = total if sink is None else total + jnp.exp(sink - top)
+            total = jnp.where(total == 0.0, 1.0, total)
+            mixed = jnp.einsum("nhgts,nhsv->nhgtv", weights, values[:, :, seen])
+            return (mixed / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+        parts.append(jax.tree.map(_join, lax.map(one_block, jnp.arange(span.count))))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
+
+
+def _join(x):
+    """(count, images, heads, group, rows, ...) to (images, heads, group, count * rows, ...)."""
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+
+def _finish(config, pairs, block, dots, order=(0, 1, 2, 3, 4)):
+    """Soft-cap, bias and visibility on a block of dot products.
+
+    `order` is that of (images, heads, group, queries, keys) in the block.
+
+    Returns:
+      The logits, and the derivative of the soft-cap or None.
+    """
+    slope = None
+    if config.softcap is not None:
+        bounded = jnp.tanh(dots / config.softcap)
+        dots, slope = config.softcap * bounded, 1.0 - bounded * bounded
+    if pairs.bias is not None:
+        bias = _take(config, pairs.bias, block)
+        dots = dots + bias.astype(dots.dtype).transpose(order)
+    seen = _seen(config, pairs, block)
+    if seen is not None:
+        dots = jnp.where(seen.transpose(order), dots, -jnp.inf)
+    return _window_edges(config, block, dots, order), slope
+
+
+def _seen(config, pairs, block):
+    """What mask and segments let be seen: (images, heads, group, queries, keys)."""
+    seen = None
+    if pairs.segment_ids is not None:
+        queries, keys = pairs.segment_ids
+        queries = lax.dynamic_slice(
+            queries, (block.image, block.query), (config.images, block.queries)
+        )
+        keys = lax.dynamic_slice(keys, (block.image, block.key), (config.images, block.keys))
+        seen = (queries[:, :, None] == keys[:, None, :])[:, None, None]
+    if pairs.mask is not None:
+        mask = _take(config, pairs.mask, block)
+        seen = mask if seen is None else seen & mask
+    return seen
+
+
+def _window_edges(config, block, logits, order):
+    """Hides what the window does, touching only columns that some row does not see."""
+    left, right = config.window
+    queries = block.query + jnp.arange(block.queries)[:, None] + config.offset
+    distance = (block.key + jnp.arange(block.keys)[None, :] - queries)[None, None, None].transpose(
+        order
+    )
+    for low, high in block.edges:
+        part = distance[..., low:high]
+        seen = jnp.bool_(True)
+        seen = seen if left is None else seen & (part >= -left)
+        seen = seen if right is None else seen & (part <= right)
+        hidden = jnp.where(seen, logits[..., low:high], -jnp.inf)
+        logits = logits.at[..., low:high].set(hidden)
+    return logits
+
+
+def _corner(x, block):
+    """Where a block begins in x, which has (N, G, H / G, T, S), each full or one."""
+    begin = (block.image, block.head, 0, block.query, block.key)
+    return [jnp.where(size > 1, at, 0) for size, at in zip(x.shape, begin, strict=True)]
+
+
+def _take(config, x, block):
+    full = (config.images, config.heads, x.shape[2], block.queries, block.keys)
+    size = [min(*pair) for pair in zip(x.shape, full, strict=True)]
+    return lax.dynamic_slice(x, _corner(x, block), size)
+
+
+def _add(config, x, block, amount):
+    """Adds (images, heads, group, queries, keys) to a block of x, summed where x has one."""
+    old = _take(config, x, block)
+    axes = tuple(i for i, size in enumerate(old.shape) if size == 1)
+    new = old + jnp.sum(amount, axis=axes, keepdims=True)
+    return lax.dynamic_update_slice(x, new, _corner(x, block))
+
+
+def _backward(config, batch, saved, d_out):
+    q, k, v, sinks, pairs, out, lse = saved
+    wide = lse.dtype
+    delta = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
+    d_bias = None if pairs.bias is None else jnp.zeros_like(pairs.bias, wide)
+
+    def one_step(d_bias, operands):
+        return _backward_step(config, pairs, d_bias, *operands)
+
+    places = _places(config, batch, q.shape[0])
+    d_bias, gradients = lax.scan(one_step, d_bias, (*places, q, k, v, d_out, lse, delta))
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.exp(sinks.astype(wide)[..., None] - lse)
+        d_sinks = -jnp.sum(share * delta, axis=-1).astype(sinks.dtype)
+    if d_bias is not None:
+        d_bias = d_bias.astype(pairs.bias.dtype)
+    return *gradients, d_sinks, _Pairs(d_bias, None, None)
+
+
+def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delta):
+    images, heads, group, num_queries, width = q.shape
+    wide, dtypes = lse.dtype, (q.dtype, k.dtype, v.dtype)
+    q, k, v, d_out = (x.astype(wide) for x in (q, k[:, :, 0], v[:, :, 0], d_out))
+    q = q * config.scale
+    left, right = config.window
+    # zeros_like, so that it varies over the axes of a shard_map as the others do.
+    d_q = jnp.zeros_like(q, shape=(images, heads, width, group, num_queries))
+    parts = []
+    for span in _spans(
+        k.shape[2], num_queries, images * heads * group, -config.offset, (right, left)
+    ):
+        seen = slice(span.low, span.high)
+
+        def one_block(carry, i, span=span, seen=seen):
+            d_q, d_bias = carry
+            key = span.start + i * span.rows
+            columns = span.high - span.low
+            block = _Block(image, head, span.low, columns, key, span.rows, span.edges)
+            rows = lax.dynamic_slice_in_dim(k, key, span.rows, axis=2)
+            row_values = lax.dynamic_slice_in_dim(v, key, span.rows, axis=2)
+            q_seen, d_out_seen = q[:, :, :, seen], d_out[:, :, :, seen]
+            dots = jnp.einsum("nhsk,nhgtk->nhsgt", rows, q_seen)
+            logits, slope = _finish(config, pairs, block, dots, order=(0, 1, 4, 2, 3))
+            weights = jnp.exp(logits - lse[:, :, None, :, seen])
+            d_values = jnp.einsum("nhsgt,nhgtv->nhsv", weights, d_out_seen)
+            d_weights = jnp.einsum("nhsv,nhgtv->nhsgt", row_values, d_out_seen)
+            d_logits = weights * (d_weights - delta[:, :, None, :, seen])
+            if d_bias is not None:
+                d_bias = _add(config, d_bias, block, d_logits.transpose(0, 1, 3, 4, 2))
+            if slope is not None:
+                d_logits = d_logits * slope
+            d_keys = jnp.einsum("nhsgt,nhgtk->nhsk", d_logits, q_seen)
+            d_q = d_q.at[..., seen].add(jnp.einsum("nhsk,nhsgt->nhkgt", rows, d_logits))
+            return (d_q, d_bias), (d_keys.astype(dtypes[1]), d_values.astype(dtypes[2]))
+
+        (d_q, d_bias), part = lax.scan(one_block, (d_q, d_bias), jnp.arange(span.count))
+        parts.append(jax.tree.map(lambda x: _join(x[:, :, :, None]), part))
+    d_k, d_v = jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
+    d_q = (d_q * config.scale).transpose(0, 1, 3, 4, 2).astype(dtypes[0])
+    return d_bias, (d_q, d_k, d_v)
+
+
+_attention.defvjp(_forward, _backward)

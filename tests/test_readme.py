@@ -1,0 +1,32 @@
+"""What the README says is what happens."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 10
+    names = {}
+    exec(example, names)
+    assert names["images"].shape == (10, 8, 8, 1)
+    # A fresh DiT is the zero field, so sampling leaves the noise where it is.
+    np.testing.assert_array_equal(names["images"], names["noise"])
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_every_file_of_the_architecture_exists():
+    (picture,) = re.findall(r"Imports point down only:\n\n```\n(.*?)```", README, re.DOTALL)
+    inside = picture[picture.index("jaxmodels/") :]
+    for name in re.findall(r"^  (\S+)", inside, re.MULTILINE):
+        assert (ROOT / "jaxmodels" / name).exists(), name
