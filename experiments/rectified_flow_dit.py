@@ -54,7 +54,7 @@ class Config:
     """Of the training timesteps: uniform, logit_normal(mean, std), mode(scale) or cosmap."""
     baseline: str = "uniform"
     """The density to compare with."""
-    steps: int = 700
+    steps: int = 500
     batch_size: int = 128
     accumulate: int = 1
     """Parts that each batch is taken in, one after the other, to save memory."""

@@ -10,7 +10,7 @@ Run       python experiments/benchmarks/dit.py            (about 3 min on 2 CPU 
           python experiments/benchmarks/dit.py --help
 """
 
-import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tyro
 from _timing import Contest, print_ratios
 
 BATCH, SIZE, CHANNELS, CLASSES = 8, 32, 4, 1000
@@ -36,52 +37,51 @@ def example() -> tuple[np.ndarray, ...]:
     return (1 - s) * data + s * noise, 1000 * t, rng.integers(0, CLASSES, BATCH), noise - data
 
 
-def ours(case: str) -> Callable[[], None]:
-    """jaxmodels: one jitted function with donated state."""
+def _jaxmodels(case: str, devices: int) -> Callable[[], None]:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
     from jaxmodels import cpu
 
     cpu.tune()
     import jax
-    import jax.numpy as jnp
     import optax
 
-    from jaxmodels import create_model
+    from jaxmodels import create_model, training
+    from jaxmodels.ops import flow
 
     model = create_model("dit_s_2", out_channels=None)
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=DECAY)
-    x, t, labels, velocity = (jnp.asarray(a) for a in example())
-
-    @jax.jit
-    def init(key):
-        params = model.init(key, x, t, labels)["params"]
-        return params, optimizer.init(params), key
-
-    def loss_fn(params, key):
-        out = model.apply({"params": params}, x, t, labels, train=True, rngs={"dropout": key})
-        return jnp.square(out - velocity).mean()
-
-    def train(state):
-        params, moments, key = state
-        key, now = jax.random.split(key)
-        loss, grads = jax.value_and_grad(loss_fn)(params, now)
-        updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments, key), loss
-
-    def sample(params, x):
-        return x + model.apply({"params": params}, x, t, labels) / 16
-
-    state = init(jax.random.key(0))
+    mesh = training.make_mesh(f"data={devices}")
+    x, t, labels, velocity = training.shard_batch(example(), mesh)
+    inputs = {"x": x, "timesteps": t, "labels": labels}
+    state = training.init_state(model, optimizer, jax.random.key(0), inputs, mesh=mesh)
     if case == "sampling step":
-        sample = jax.jit(sample)
-        return lambda: sample(state[0], x).block_until_ready()
-    train = jax.jit(train, donate_argnums=0)
+        sample = jax.jit(lambda p, x: x + model.apply({"params": p}, x, t, labels) / 16)
+        return lambda: sample(state.params, x).block_until_ready()
+
+    def loss_fn(params, batch, key):
+        inputs, velocity = batch
+        out = model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
+        return flow.flow_matching_loss(out, velocity).mean(), {}
+
+    step = training.make_step(loss_fn, optimizer)
 
     def call():
         nonlocal state
-        state, loss = train(state)
-        jax.block_until_ready((state, loss))
+        state, metrics = step(state, (inputs, velocity))
+        jax.block_until_ready((state, metrics))
 
     return call
+
+
+def ours(case: str) -> Callable[[], None]:
+    """jaxmodels on one device that uses all cores."""
+    return _jaxmodels(case, devices=1)
+
+
+def ours_per_core(case: str) -> Callable[[], None]:
+    """jaxmodels on a device for each core, the batch split between them."""
+    return _jaxmodels(case, devices=THREADS)
 
 
 def _diffusers(case: str, compiled: bool) -> Callable[[], None]:
@@ -133,34 +133,39 @@ def seconds_to_first_step(cache: Path) -> float:
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
+    code = "import dit; dit.ours('training step')()"
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--one-step"]
-    subprocess.run(command, env=environment, check=True, cwd=Path(__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, cwd=Path(__file__).parent
+    )
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--only-start", action="store_true", help="only the time to the first step")
-    parser.add_argument("--one-step", action="store_true", help="do one training step and end")
-    options = parser.parse_args()
-    if options.one_step:
-        ours("training step")()
-        return
-    if not options.only_start:
-        contenders = {"jaxmodels": ours, "torch eager": torch_eager}
-        if not options.no_compile:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rounds: int = 5
+    """Turns of each contender."""
+    compile: bool = True
+    """Also measure torch.compile."""
+    speed: bool = True
+    """Measure steps, not only the time to the first one."""
+
+
+def main(config: Config) -> None:
+    if config.speed:
+        contenders = {
+            "jaxmodels": ours,
+            "jaxmodels, a device per core": ours_per_core,
+            "torch eager": torch_eager,
+        }
+        if config.compile:
             contenders["torch compiled"] = torch_compiled
-        cases = ("training step", "sampling step")
         with Contest(contenders) as contest:
             results = {
-                case: contest.compare(case, rounds=options.rounds, turn_seconds=2) for case in cases
+                case: contest.compare(case, rounds=config.rounds, turn_seconds=2)
+                for case in ("training step", "sampling step")
             }
         print_ratios(
             f"DiT-S/2, batch {BATCH}, float32, {THREADS} threads", results, ours="jaxmodels"
@@ -172,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parents[1] / "rectified_flow_dit.py"
 @dataclasses.dataclass(frozen=True)
 class Config:
     kills: int = 10
-    steps: int = 700
+    steps: int = 500
     seed: int = 0
     folder: Path = Path("runs/survival")
 
