@@ -112,14 +112,11 @@ class ImageDataset:
                 f"{len(self.class_names)} classes: {str(error).rstrip('.')}; "
                 "add pictures or change held_out"
             ) from error
-
-        def pick(part):
-            # Indexing files would decode them all and hold them.
-            lazy = not isinstance(self.pixels, np.ndarray)
-            pixels = self.pixels.select(part) if lazy else self.pixels[part]
-            return dataclasses.replace(self, pixels=pixels, labels=self.labels[part])
-
-        return pick(parts[0]), pick(parts[1])
+        train, test = (
+            dataclasses.replace(self, pixels=self.pixels[part], labels=self.labels[part])
+            for part in parts
+        )
+        return train, test
 
 
 def batches(

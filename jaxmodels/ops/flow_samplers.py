@@ -136,8 +136,10 @@ def guided_velocity(
       null_label: the label that stands for "no label" in training.
 
     Returns:
-      A velocity of state and timesteps, ready for `sample`; it raises ValueError
-      when the state's batch is not the number of labels.
+      A velocity of state and timesteps, ready for `sample`.
+
+    Raises:
+      ValueError: when it is called, if the state's batch is not the number of labels.
 
     Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance"
     (arXiv:2207.12598), whose weight w is guidance_scale - 1.

@@ -24,6 +24,8 @@ def linear(
 
     Raises:
       ValueError: the widths disagree.
+
+    Source: the definition; the layout was chosen by measurement.
     """
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(

@@ -18,6 +18,9 @@ def patchify(image: Float[Array, "*B Y X C"], patch_size: int) -> Float[Array, "
 
     Raises:
       ValueError: patch_size does not divide both sides.
+
+    Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1
+    (arXiv:2010.11929).
     """
     *batch, height, width, channels = image.shape
     if height % patch_size or width % patch_size:
@@ -46,6 +49,9 @@ def unpatchify(
 
     Raises:
       ValueError: the grid or the patch does not fit the tokens.
+
+    Source: Peebles and Xie 2023, section 3.2, "transformer decoder"
+    (arXiv:2212.09748).
     """
     *batch, count, features = tokens.shape
     if count != rows * columns or features % patch_size**2:

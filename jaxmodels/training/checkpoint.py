@@ -5,6 +5,7 @@ is damage done later, so every array's checksum is stored beside it; a
 checkpoint that cannot be read whole is passed over for the one before.
 """
 
+import shutil
 import textwrap
 import warnings
 import zlib
@@ -18,6 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxmodels.training.sharding import path_name
+
+# Of Orbax's own files, generously.
+_OVERHEAD_BYTES = 256 * 2**10
 
 
 class Checkpointer:
@@ -54,7 +58,9 @@ class Checkpointer:
             before it are untouched.
         """
         saved = {"facts": dict(facts), "checksums": _checksums(state)}
+        self.wait()
         try:
+            self._require_room(state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -142,9 +148,18 @@ class Checkpointer:
                 raise OSError(f"the contents of {name} do not match their checksum")
         return state, saved["facts"]
 
+    def _require_room(self, state: Any) -> None:
+        """Refuses beforehand: a write that fails half-way costs time and a page of tracebacks."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(
+                f"no space left: {free / 2**20:.1f} MiB free, {needed / 2**20:.1f} needed"
+            )
+
     def _write_error(self, step: int | None, error: Exception) -> OSError:
         what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        kept = sorted(s for s in self._manager.all_steps(read=True) if s != step)
+        kept = sorted(s for s in self._manager.all_steps() if s != step)
         return OSError(
             f"Checkpointer: {what} could not be written to {self._directory}: "
             f"{_first_line(error)}. Complete checkpoints there: {kept or 'none'}; "

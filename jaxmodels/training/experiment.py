@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -58,6 +59,8 @@ def run(main: Callable[[Any, Path], Result], config_class: type) -> None:
       config_class: a frozen dataclass with a field `folder: Path | None`.
     """
     cpu.tune()
+    # Orbax logs the tracebacks of failures that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     script = Path(sys.argv[0])
     config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
     try:

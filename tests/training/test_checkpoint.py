@@ -1,5 +1,6 @@
 """What a checkpoint promises: the same bits, or the ones before, or a clear word."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -141,6 +142,22 @@ def test_saving_over_a_passed_over_checkpoint(tmp_path, state):
     checkpoints.close()
     restored, _ = training.Checkpointer(tmp_path).restore(state)
     assert same(restored, shifted(state, 2))
+
+
+def test_a_checkpoint_that_will_not_fit_is_refused_beforehand(tmp_path, state, monkeypatch):
+    checkpoints = training.Checkpointer(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    usage = shutil.disk_usage(tmp_path)
+    large = {"x": jnp.zeros(1_000_000)}
+    # Room for the numbers alone is not enough.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4_000_000))
+    with pytest.raises(OSError, match=r"step 2 could not be written.*no space left.*there: \[1\]"):
+        checkpoints.save(2, large, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4_500_000))
+    checkpoints.save(2, large, {})
+    checkpoints.close()
 
 
 def test_no_space_leaves_the_last_good_checkpoint(tmp_path):
