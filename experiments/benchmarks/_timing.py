@@ -156,7 +156,7 @@ def print_ratios(title: str, results: Mapping[str, Mapping[str, list[float]]], *
             row.append(f"{1e3 * statistics.median(seconds[peer]):.2f}")
             row.append(f"{middle:.2f} ({low:.2f}, {high:.2f})")
         table.add_row(*row)
-    Console(width=max(120, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
     print(
         "Each contender in its own process, taking turns; idle ones wait on a pipe "
         "(no thread pool spins), and each turn starts with an untimed call."

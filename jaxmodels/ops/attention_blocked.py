@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmodels.ops.attention_naive import SegmentIds, Window
 
-# Logits in a block: many rows make products efficient, memory sets the limit.
-_BLOCK_LOGITS = 1 << 23
-_MIN_ROWS, _MAX_ROWS = 128, 1024
+# Rows of a block: many make products efficient, few skip more of what a window hides.
+_MIN_ROWS, _WINDOW_ROWS, _MAX_ROWS = 32, 256, 1024
+# Logits in a block at the most, which bounds memory, and as many as are fastest.
+_MAX_LOGITS, _FORWARD_LOGITS, _BACKWARD_LOGITS = 1 << 23, 1 << 22, 1 << 20
 # Blocks written out one after the other, each with its own range of columns.
 # Beyond this many, neighbours share a range and a loop: compile time is bounded.
 _MAX_SPANS = 8
@@ -34,8 +35,6 @@ class _Config(NamedTuple):
     scale: float
     softcap: float | None
     offset: int  # query t stands at key t + offset
-    images: int  # in a step
-    heads: int  # key heads in a step: all of them if there are several images
 
 
 class _Pairs(NamedTuple):
@@ -62,10 +61,12 @@ class _Span(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Where a block lies: its first image, first key head, queries and keys."""
+    """Where a block lies, and its size."""
 
     image: Array
+    images: int
     head: Array
+    heads: int
     query: int | Array
     queries: int
     key: int | Array
@@ -95,12 +96,10 @@ def blocked_attention(
     batch, num_queries, num_heads, _ = q.shape
     num_keys, kv_heads = k.shape[1:3]
     group = num_heads // kv_heads
-    images, heads = _per_step(batch, kv_heads, group * num_queries * num_keys)
-    config = _Config(window, scale, softcap, num_keys - num_queries, images, heads)
+    config = _Config(window, scale, softcap, num_keys - num_queries)
 
-    def split_heads(x):  # (N, T, H, K) -> (steps, images, heads, H / G, T, K)
-        x = x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
-        return x.reshape(-1, images, heads, *x.shape[2:])
+    def split_heads(x):  # (N, T, H, K) -> (N, G, H / G, T, K)
+        return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
 
     def split_pairs(x):
         groups = (kv_heads, group) if x.shape[1] > 1 else (1, 1)
@@ -109,20 +108,35 @@ def blocked_attention(
     pairs = _Pairs(*(None if x is None else split_pairs(x) for x in (bias, mask)), segment_ids)
     # A sink is the same in all images; one copy for each is small.
     if sinks is not None:
-        sinks = jnp.tile(sinks, batch).reshape(-1, images, heads, group)
+        sinks = jnp.broadcast_to(sinks.reshape(kv_heads, group), (batch, kv_heads, group))
     arrays = (split_heads(q), split_heads(k), split_heads(v), sinks, pairs)
-    out = _attention(config, batch, *_vary_alike(arrays))
+    out = _attention(config, *_vary_alike(arrays))
     return out.reshape(batch, num_heads, num_queries, -1).transpose(0, 2, 1, 3)
 
 
-def _per_step(batch: int, kv_heads: int, logits_per_head: int) -> tuple[int, int]:
-    """How many images and key heads a step takes: all, or whole images, or some heads."""
-    if batch * kv_heads * logits_per_head <= _BLOCK_LOGITS:
-        return batch, kv_heads
-    most = max(2, _BLOCK_LOGITS // 4 // logits_per_head)
+def _split_steps(config, logits: int, *arrays):
+    """Cuts arrays (N, G, ...) into steps (steps, images, heads, ...).
+
+    Whole images if `logits` allows several heads a step, else some heads of one.
+
+    Returns:
+      The first image and the first head of each step, and the arrays.
+    """
+    q, k = arrays[:2]
+    batch, kv_heads, group, num_queries = q.shape[:4]
+    rows = min(_most_rows(config.window, num_queries), num_queries)
+    most = max(2, logits // (group * rows * k.shape[3]))
     if most < kv_heads:
-        return 1, _divisor(kv_heads, most)
-    return _divisor(batch, most // kv_heads), kv_heads
+        images, heads = 1, _divisor(kv_heads, most)
+    else:
+        images, heads = _divisor(batch, most // kv_heads), kv_heads
+    image, head = images * jnp.arange(batch // images), heads * jnp.arange(kv_heads // heads)
+    places = jnp.repeat(image, len(head)), jnp.tile(head, len(image))
+
+    def split(x):
+        return x.reshape(-1, images, heads, *x.shape[2:])
+
+    return *places, *jax.tree.map(split, arrays)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -147,12 +161,16 @@ def _vary_alike(arrays):
     return jax.tree.map(vary, arrays)
 
 
+def _most_rows(window: Window, num_rows: int) -> int:
+    if window == (None, None):
+        return _MAX_ROWS
+    return min(_MAX_ROWS, max(_WINDOW_ROWS, num_rows // _MAX_SPANS))
+
+
 def _spans(num_rows: int, num_columns: int, batch: int, offset: int, window: Window):
     """Cuts rows into blocks; row r sees columns r + offset - left to r + offset + right."""
-    most = _MAX_ROWS
-    if window != (None, None):  # shorter blocks skip more of what is hidden
-        most = min(most, max(2 * _MIN_ROWS, num_rows // _MAX_SPANS))
-    rows = max(_MIN_ROWS, min(most, _BLOCK_LOGITS // (batch * num_columns)))
+    most = _most_rows(window, num_rows)
+    rows = max(_MIN_ROWS, min(most, _MAX_LOGITS // (batch * num_columns)))
     rows = -(-num_rows // -(-num_rows // rows))
     full, rest = divmod(num_rows, rows)
     count = -(-full // _MAX_SPANS)
@@ -179,24 +197,17 @@ def _span(start: int, rows: int, count: int, num_columns: int, offset: int, wind
     return _Span(start, rows, count, low, high, edges)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(config, batch, q, k, v, sinks, pairs):
-    return _forward(config, batch, q, k, v, sinks, pairs)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(config, q, k, v, sinks, pairs):
+    return _forward(config, q, k, v, sinks, pairs)[0]
 
 
-def _places(config, batch, steps):
-    """The first image and the first key head of every step."""
-    rounds = batch // config.images
-    heads = config.heads * jnp.arange(steps // rounds)
-    return jnp.repeat(config.images * jnp.arange(rounds), len(heads)), jnp.tile(heads, rounds)
-
-
-def _forward(config, batch, q, k, v, sinks, pairs):
+def _forward(config, q, k, v, sinks, pairs):
     def one_step(operands):
         return _forward_step(config, pairs, *operands)
 
-    places = _places(config, batch, q.shape[0])
-    out, lse = lax.map(one_step, (*places, q, k, v, sinks))
+    steps = _split_steps(config, _FORWARD_LOGITS, q, k, v, sinks)
+    out, lse = (x.reshape(*q.shape[:2], *x.shape[3:]) for x in lax.map(one_step, steps))
     return out, (q, k, v, sinks, pairs, out, lse)
 
 
@@ -214,7 +225,9 @@ def _forward_step(config, pairs, image, head, q, k, v, sinks):
         def one_block(i, span=span, seen=seen):
             query = span.start + i * span.rows
             columns = span.high - span.low
-            block = _Block(image, head, query, span.rows, span.low, columns, span.edges)
+            block = _Block(
+                image, images, head, heads, query, span.rows, span.low, columns, span.edges
+            )
             rows = lax.dynamic_slice_in_dim(q, query, span.rows, axis=3)
             dots = jnp.einsum("nhgtk,nhsk->nhgts", rows, k[:, :, seen])
             logits = _finish(config, pairs, block, dots)[0]
@@ -252,26 +265,26 @@ def _finish(config, pairs, block, dots, order=(0, 1, 2, 3, 4)):
         bounded = jnp.tanh(dots / config.softcap)
         dots, slope = config.softcap * bounded, 1.0 - bounded * bounded
     if pairs.bias is not None:
-        bias = _take(config, pairs.bias, block)
+        bias = _take(pairs.bias, block)
         dots = dots + bias.astype(dots.dtype).transpose(order)
-    seen = _seen(config, pairs, block)
+    seen = _seen(pairs, block)
     if seen is not None:
         dots = jnp.where(seen.transpose(order), dots, -jnp.inf)
     return _window_edges(config, block, dots, order), slope
 
 
-def _seen(config, pairs, block):
+def _seen(pairs, block):
     """What mask and segments let be seen: (images, heads, group, queries, keys)."""
     seen = None
     if pairs.segment_ids is not None:
         queries, keys = pairs.segment_ids
         queries = lax.dynamic_slice(
-            queries, (block.image, block.query), (config.images, block.queries)
+            queries, (block.image, block.query), (block.images, block.queries)
         )
-        keys = lax.dynamic_slice(keys, (block.image, block.key), (config.images, block.keys))
+        keys = lax.dynamic_slice(keys, (block.image, block.key), (block.images, block.keys))
         seen = (queries[:, :, None] == keys[:, None, :])[:, None, None]
     if pairs.mask is not None:
-        mask = _take(config, pairs.mask, block)
+        mask = _take(pairs.mask, block)
         seen = mask if seen is None else seen & mask
     return seen
 
@@ -299,21 +312,21 @@ def _corner(x, block):
     return [jnp.where(size > 1, at, 0) for size, at in zip(x.shape, begin, strict=True)]
 
 
-def _take(config, x, block):
-    full = (config.images, config.heads, x.shape[2], block.queries, block.keys)
+def _take(x, block):
+    full = (block.images, block.heads, x.shape[2], block.queries, block.keys)
     size = [min(*pair) for pair in zip(x.shape, full, strict=True)]
     return lax.dynamic_slice(x, _corner(x, block), size)
 
 
-def _add(config, x, block, amount):
+def _add(x, block, amount):
     """Adds (images, heads, group, queries, keys) to a block of x, summed where x has one."""
-    old = _take(config, x, block)
+    old = _take(x, block)
     axes = tuple(i for i, size in enumerate(old.shape) if size == 1)
     new = old + jnp.sum(amount, axis=axes, keepdims=True)
     return lax.dynamic_update_slice(x, new, _corner(x, block))
 
 
-def _backward(config, batch, saved, d_out):
+def _backward(config, saved, d_out):
     q, k, v, sinks, pairs, out, lse = saved
     wide = lse.dtype
     delta = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
@@ -322,15 +335,16 @@ def _backward(config, batch, saved, d_out):
     def one_step(d_bias, operands):
         return _backward_step(config, pairs, d_bias, *operands)
 
-    places = _places(config, batch, q.shape[0])
-    d_bias, gradients = lax.scan(one_step, d_bias, (*places, q, k, v, d_out, lse, delta))
+    steps = _split_steps(config, _BACKWARD_LOGITS, q, k, v, d_out, lse, delta)
+    d_bias, gradients = lax.scan(one_step, d_bias, steps)
+    d_q, d_k, d_v = (x.reshape(*q.shape[:2], *x.shape[3:]) for x in gradients)
     d_sinks = None
     if sinks is not None:
         share = jnp.exp(sinks.astype(wide)[..., None] - lse)
         d_sinks = -jnp.sum(share * delta, axis=-1).astype(sinks.dtype)
     if d_bias is not None:
         d_bias = d_bias.astype(pairs.bias.dtype)
-    return *gradients, d_sinks, _Pairs(d_bias, None, None)
+    return d_q, d_k, d_v, d_sinks, _Pairs(d_bias, None, None)
 
 
 def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delta):
@@ -351,7 +365,9 @@ def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delt
             d_q, d_bias = carry
             key = span.start + i * span.rows
             columns = span.high - span.low
-            block = _Block(image, head, span.low, columns, key, span.rows, span.edges)
+            block = _Block(
+                image, images, head, heads, span.low, columns, key, span.rows, span.edges
+            )
             rows = lax.dynamic_slice_in_dim(k, key, span.rows, axis=2)
             row_values = lax.dynamic_slice_in_dim(v, key, span.rows, axis=2)
             q_seen, d_out_seen = q[:, :, :, seen], d_out[:, :, :, seen]
@@ -362,7 +378,7 @@ def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delt
             d_weights = jnp.einsum("nhsv,nhgtv->nhsgt", row_values, d_out_seen)
             d_logits = weights * (d_weights - delta[:, :, None, :, seen])
             if d_bias is not None:
-                d_bias = _add(config, d_bias, block, d_logits.transpose(0, 1, 3, 4, 2))
+                d_bias = _add(d_bias, block, d_logits.transpose(0, 1, 3, 4, 2))
             if slope is not None:
                 d_logits = d_logits * slope
             d_keys = jnp.einsum("nhsgt,nhgtk->nhsk", d_logits, q_seen)
