@@ -76,7 +76,7 @@ class Config:
     """Devices, such as "data=8" or "data=2,fsdp=4"; by default all of them on data."""
     num_workers: int = 0
     """Processes that read pictures ahead."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 25
     log_every: int = 10
     folder: Path | None = None
     """Where results go; by default the last unfinished run of this configuration is
