@@ -11,7 +11,7 @@ Measured  Two equal DiTs are trained on the two densities; both draw pictures in
           fixed space of principal components (over that of real training
           pictures), and the distance to the nearest training picture (over that
           of held-out real ones: copies would be nearer, blur farther).
-Run       python experiments/rectified_flow_dit.py         (about 3 min on 2 CPU cores)
+Run       python experiments/rectified_flow_dit.py         (about 4 min on 2 CPU cores)
           python experiments/rectified_flow_dit.py --data PATH --image-size 32
           python experiments/rectified_flow_dit.py --help
 """
@@ -30,6 +30,9 @@ from jaxmodels import create_model, data, metrics, plots, save_pretrained, train
 from jaxmodels.ops import flow
 from jaxmodels.training.experiment import Result, run, trajectory_fields
 from jaxmodels.training.logging import read_metrics
+
+# Of the figure: classes, samples of each, and moments on the way from noise.
+_ROWS, _COLUMNS, _MOMENTS = 10, 8, 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,9 +320,6 @@ def draw_figure(
         logy=True,
     )
     plots.save_figure(figure, folder / "figure.png")
-
-
-_ROWS, _COLUMNS, _MOMENTS = 10, 8, 9
 
 
 def name_of(density: str) -> str:

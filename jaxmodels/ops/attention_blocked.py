@@ -92,6 +92,8 @@ def blocked_attention(
     Blocks that causality or the window hides altogether are skipped. Only a
     bias or mask given in full, and the gradient of such a bias, have T * S
     elements.
+
+    Source: Dao et al. 2022, "FlashAttention", section 3.1 (arXiv:2205.14135).
     """
     batch, num_queries, num_heads, _ = q.shape
     num_keys, kv_heads = k.shape[1:3]

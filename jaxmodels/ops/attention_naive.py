@@ -22,6 +22,8 @@ def visible(
     """Which key each query sees, all restrictions together; None when all see all.
 
     Queries are aligned with the last keys: query t stands at t + S - T.
+
+    Source: the definition of each restriction, see `ops.dot_product_attention`.
     """
     left, right = window
     distance = jnp.arange(num_keys)[None, :] - (

@@ -182,6 +182,9 @@ def sample_timesteps(
 
     Returns:
       float32 in [0, 1].
+
+    Source: the densities' own; stratification as in Kingma et al. 2021,
+    "Variational Diffusion Models", "low-discrepancy sampler" (arXiv:2107.00630).
     """
     if stratified:
         order_key, key = jax.random.split(key)

@@ -117,6 +117,17 @@ def test_any_damaged_file_means_the_checkpoint_before_or_no_harm(tmp_path, state
     assert fell_back >= 3
 
 
+def test_contents_of_another_checkpoint_are_noticed(tmp_path, state):
+    """Arrays that Orbax can read, but that are not the ones that were saved."""
+    saved(tmp_path, state)
+    shutil.rmtree(tmp_path / "2" / "state")
+    shutil.copytree(tmp_path / "1" / "state", tmp_path / "2" / "state")
+    with pytest.warns(UserWarning, match="params/.* do not match their checksum"):
+        restored, facts = training.Checkpointer(tmp_path).restore(state)
+    assert facts == {"data": {"position": 1}}
+    assert same(restored, shifted(state, 1))
+
+
 @UNFINISHED
 def test_all_damaged_is_an_error(tmp_path, state):
     saved(tmp_path, state)

@@ -38,11 +38,11 @@ def test_one_step_is_gradient_and_optax_by_hand(problem):
 def test_average_follows_its_recursion(problem):
     optimizer, stream = problem.optimizer(), problem.stream()
     state = problem.state(optimizer, ema=True)
-    step = training.make_step(problem.loss, optimizer, ema=0.5)
+    step = training.make_step(problem.loss, optimizer, ema=0.4)
     average = jax.tree.map(np.float64, state.params)
-    for n in range(20):
+    for n in range(7):
         state, _ = step(state, next(stream))
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.4, (1 + n) / (10 + n))
         average = jax.tree.map(
             lambda a, p, d=decay: d * a + (1 - d) * np.float64(p), average, state.params
         )
