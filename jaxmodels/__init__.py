@@ -9,8 +9,11 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "create_mixer": "jaxmodels.registry",
     "create_model": "jaxmodels.registry",
+    "list_mixers": "jaxmodels.registry",
     "list_models": "jaxmodels.registry",
+    "register_mixer": "jaxmodels.registry",
     "register_model": "jaxmodels.registry",
     "load_pretrained": "jaxmodels.weights",
     "save_pretrained": "jaxmodels.weights",

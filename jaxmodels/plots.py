@@ -25,6 +25,8 @@ from numpy.typing import ArrayLike
 
 # Okabe and Ito's palette: told apart by all common kinds of colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Colours come again with the next dash pattern.
+DASHES = ("-", "--", ":")
 INK = "#333333"
 GRID = "#DDDDDD"
 
@@ -115,24 +117,27 @@ def curve(
     Args:
       axes: keeps what is drawn in it already.
       lines: name to (x, y); several lines get a legend, a single one does not.
+        Beyond seven, colours come again with another dash pattern.
       xlabel, ylabel: what is measured, with its unit.
       logx, logy: logarithmic axes; few points on logx are labelled one by one.
       title: above the lines.
 
     Raises:
-      ValueError: no lines, more than the palette tells apart, x and y that are not
-        two lists of the same length, or a value <= 0 on a logarithmic axis.
+      ValueError: no lines, more than colours and dashes tell apart, x and y that are
+        not two lists of the same length, or a value <= 0 on a logarithmic axis.
     """
-    if not 1 <= len(lines) <= len(PALETTE):
+    looks = [(color, dash) for dash in DASHES for color in PALETTE]
+    if not 1 <= len(lines) <= len(looks):
         raise ValueError(
-            f"curve: {len(lines)} lines; give 1 to {len(PALETTE)}, as many as colours tell apart"
+            f"curve: {len(lines)} lines; give 1 to {len(looks)}, as many as colours and dashes "
+            "tell apart"
         )
     points = set()
-    for color, (name, (x, y)) in zip(PALETTE, lines.items(), strict=False):
+    for (color, dash), (name, (x, y)) in zip(looks, lines.items(), strict=False):
         x, y = _checked_line(name, x, y, logx, logy)
         few = len(x) <= 20
         style = {"marker": "o", "markersize": 4, "linewidth": 1.6} if few else {"linewidth": 1.0}
-        axes.plot(x, y, color=color, label=name, **style)
+        axes.plot(x, y, color=color, linestyle=dash, label=name, **style)
         points.update(x.tolist())
     _style_curve(axes, xlabel, ylabel, title)
     if logy:

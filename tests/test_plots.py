@@ -96,6 +96,12 @@ def test_curve_draws_every_line_with_its_name_and_colour(axes):
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
 
 
+def test_no_two_of_many_curves_look_alike(axes):
+    plots.curve(axes, {str(i): ([1, 2], [i, i]) for i in range(21)}, "x", "y")
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+    assert len(looks) == 21
+
+
 def test_curve_on_logarithmic_axes_labels_its_points(axes):
     plots.curve(axes, {"only": ([1, 4, 16], [1, 20, 300])}, "steps", "error", logx=True, logy=True)
     axes.figure.draw_without_rendering()
@@ -176,10 +182,10 @@ def test_nothing_global_is_touched(axes):
             lambda axes: plots.trajectory(axes, np.zeros((3, 2, 7, 5, 1)), np.zeros(2)),
             r"trajectory: times of shape \(2,\) for images of shape \(3, 2, 7, 5, 1\)",
         ),
-        (lambda axes: plots.curve(axes, {}, "x", "y"), r"curve: 0 lines; give 1 to 7"),
+        (lambda axes: plots.curve(axes, {}, "x", "y"), r"curve: 0 lines; give 1 to 21"),
         (
-            lambda axes: plots.curve(axes, {str(i): ([1], [1]) for i in range(8)}, "x", "y"),
-            r"curve: 8 lines; give 1 to 7",
+            lambda axes: plots.curve(axes, {str(i): ([1], [1]) for i in range(22)}, "x", "y"),
+            r"curve: 22 lines; give 1 to 21",
         ),
         (
             lambda axes: plots.curve(axes, {"a": ([1, 2], [1, 2, 3])}, "x", "y"),

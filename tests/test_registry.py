@@ -10,8 +10,8 @@ from jaxmodels import registry
 @pytest.fixture
 def empty(monkeypatch):
     """A registry of its own, so that nothing registered here is seen elsewhere."""
-    monkeypatch.setattr(registry, "_MODELS", {})
-    monkeypatch.setattr(registry, "_import_all_models", lambda: None)
+    monkeypatch.setattr(registry, "_MODELS", registry._Names("model", "jaxmodels.layers.mixers"))
+    monkeypatch.setattr(registry._Names, "_import_all", lambda names: None)
 
 
 @pytest.fixture
@@ -68,3 +68,13 @@ def test_every_published_name_builds_and_shows_the_package_is_whole():
         assert isinstance(jaxmodels.create_model(name), nn.Module)
     with pytest.raises(ValueError, match=r"did you mean .*'dit_s_2'"):
         jaxmodels.create_model("dit_s2")
+
+
+def test_mixers_have_names_of_their_own():
+    assert "softmax" in jaxmodels.list_mixers()
+    assert "softmax" not in jaxmodels.list_models()
+    assert jaxmodels.create_mixer("softmax", num_heads=7).num_heads == 7
+    with pytest.raises(ValueError, match="create_mixer: unknown mixer 'softmx'; did you mean"):
+        jaxmodels.create_mixer("softmx")
+    with pytest.raises(ValueError, match="create_mixer: 'softmax' has no field 'heads'"):
+        jaxmodels.create_mixer("softmax", heads=7)

@@ -2,6 +2,15 @@
 
 from jaxmodels.data.digits import digits
 from jaxmodels.data.image_folder import image_folder
-from jaxmodels.data.pipeline import ImageDataset, batches
+from jaxmodels.data.pipeline import Dataset, ImageDataset, batches
+from jaxmodels.data.text import ByteWindows, python_text
 
-__all__ = ["ImageDataset", "batches", "digits", "image_folder"]
+__all__ = [
+    "ByteWindows",
+    "Dataset",
+    "ImageDataset",
+    "batches",
+    "digits",
+    "image_folder",
+    "python_text",
+]

@@ -1,4 +1,4 @@
-"""From pictures in memory or on disk to an endless, resumable stream of batches.
+"""From pictures or other examples to an endless, resumable stream of batches.
 
 Every batch is a pure function of (seed, batch number), so the number is the
 whole position: workers, prefetching and restarts cannot change what is read.
@@ -21,8 +21,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32, Int, Int32, UInt8
 
-# First words of the random keys, so that order and mirroring never share a stream.
-_ORDER, _FLIPS = 0, 1
+# First words of the random keys, so that order and what a batch draws never share a stream.
+_ORDER, _DRAWS = 0, 1
 
 _RUNNING: weakref.WeakSet["_BatchIterator"] = weakref.WeakSet()
 
@@ -40,6 +40,19 @@ class Pixels(Protocol):
 
     def __array__(self) -> UInt8[np.ndarray, "N Y X C"]:
         """The levels of all pictures."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What `batches` reads from."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def batch(
+        self, indices: Int[np.ndarray, "B"], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """The examples at `indices` stacked, changed at random by `rng` and nothing else."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +95,16 @@ class ImageDataset:
         images -= 1
         return images, self.labels[indices]
 
+    def batch(
+        self, indices: Int[np.ndarray, "B"], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """`{"image": (B, Y, X, C), "label": (B,)}`, mirrored at random if `flip`."""
+        images, labels = self.take(indices)
+        if self.flip:
+            mirrored = rng.random(len(images)) < 0.5
+            images[mirrored] = images[mirrored, :, ::-1]
+        return {"image": images, "label": labels}
+
     def arrays(self) -> tuple[Float32[np.ndarray, "N Y X C"], Int32[np.ndarray, "N"]]:
         """The whole data set as two arrays, in order and unmirrored."""
         return self.take(np.arange(len(self)))
@@ -120,7 +143,7 @@ class ImageDataset:
 
 
 def batches(
-    dataset: ImageDataset,
+    dataset: Dataset,
     batch_size: int,
     *,
     seed: int,
@@ -130,7 +153,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """An iterator of `{"image": (B, Y, X, C), "label": (B,)}` whose position can be saved.
+    """An iterator of the data set's batches, dictionaries of arrays, whose position can be saved.
 
     Each epoch is a new permutation of the data set, of which every process
     reads its own part; what does not fill a batch is dropped, so the shape is
@@ -139,9 +162,9 @@ def batches(
     JSON; `set_state` of a fresh iterator continues with exactly the next batch.
 
     Args:
-      dataset: where the pictures come from.
-      batch_size: pictures in a batch of this process.
-      seed: of the permutations and of the mirroring; not negative.
+      dataset: where the examples come from, an `ImageDataset` for instance.
+      batch_size: examples in a batch of this process.
+      seed: of the permutations and of what batches draw; not negative.
       num_workers: processes that read ahead; 0 reads ahead in two threads of
         this one, which suffices unless many large files are decoded. Workers
         start afresh, so a script that uses them needs the usual
@@ -154,7 +177,7 @@ def batches(
       A Grain iterator.
 
     Raises:
-      ValueError: a number out of its range, or more pictures in a batch than
+      ValueError: a number out of its range, or more examples in a batch than
         this process reads.
     """
     _check_range("seed", seed, 0)
@@ -167,7 +190,7 @@ def batches(
     share = len(dataset) // process_count
     if batch_size > share:
         raise ValueError(
-            f"batches: batch_size={batch_size} is more than the {share} pictures that each of "
+            f"batches: batch_size={batch_size} is more than the {share} examples that each of "
             f"process_count={process_count} processes reads of {len(dataset)}; pass at most {share}"
         )
     read = _ReadBatch(dataset, batch_size, seed, shuffle, process_index, process_count)
@@ -179,7 +202,7 @@ def batches(
 class _ReadBatch:
     """Batch number -> batch. Whole ones: Grain takes tens of microseconds for every element."""
 
-    dataset: ImageDataset
+    dataset: Dataset
     batch_size: int
     seed: int
     shuffle: bool
@@ -195,12 +218,8 @@ class _ReadBatch:
         size = len(self.dataset)
         order = _permutation(size, self.seed, epoch) if self.shuffle else np.arange(size)
         mine = order[self.process_index :: self.process_count]
-        images, labels = self.dataset.take(mine[place * self.batch_size :][: self.batch_size])
-        if self.dataset.flip:
-            rng = _generator(self.seed, _FLIPS, number, self.process_index)
-            mirrored = rng.random(len(images)) < 0.5
-            images[mirrored] = images[mirrored, :, ::-1]
-        return {"image": images, "label": labels}
+        rng = _generator(self.seed, _DRAWS, number, self.process_index)
+        return self.dataset.batch(mine[place * self.batch_size :][: self.batch_size], rng)
 
 
 class _BatchIterator(grain.DatasetIterator):

@@ -67,12 +67,7 @@ class Attention(nn.Module):
           ValueError: num_heads does not divide the width and head_dim is None,
             qk_norm is unknown, or the options contradict each other.
         """
-        q, k, v = self._project(x)
-        if self.qk_norm is not None:
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        sinks = (
-            self.param("sinks", nn.initializers.zeros, (self.num_heads,)) if self.sinks else None
-        )
+        q, k, v = self._heads(x)
         out = ops.dot_product_attention(
             q,
             k,
@@ -82,18 +77,34 @@ class Attention(nn.Module):
             segment_ids=segment_ids,
             causal=self.causal,
             window=self.window,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=sinks,
+            **self._logit_options(),
         )
+        return self._merge(out, x.shape[-1])
+
+    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, (*B, T, heads, head_dim) each, normalised if so asked."""
+        q, k, v = self._project(x)
+        if self.qk_norm is not None:
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+        return q, k, v
+
+    def _logit_options(self) -> dict:
+        """What shapes the logits, and the parameters it needs."""
+        sinks = (
+            self.param("sinks", nn.initializers.zeros, (self.num_heads,)) if self.sinks else None
+        )
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
+
+    def _merge(self, out: Array, width: int) -> Array:
+        """All heads' values, (*B, T, heads, head_dim), to the model's width."""
         project = Linear(
-            x.shape[-1],
+            width,
             use_bias=self.use_bias,
             dtype=self.dtype,
             kernel_init=self.out_init,
             name="out",
         )
-        return project(out.reshape(*x.shape[:-1], -1))
+        return project(out.reshape(*out.shape[:-2], -1))
 
     def _project(self, x: Array) -> list[Array]:
         head_dim = self.head_dim or self._even_split(x.shape[-1])

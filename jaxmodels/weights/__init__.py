@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jaxmodels.registry import model_fields
+from jaxmodels.registry import module_fields
 from jaxmodels.weights import dit
 from jaxmodels.weights.folder import find_folder, open_tensors, read_config, write_folder
 from jaxmodels.weights.table import check_shapes, expected_tensors, export_tensors, import_tensors
@@ -48,11 +48,11 @@ def load_pretrained(
     family = _family_of_config(config, folder)
     fields = family.from_config(config)
     model = family.MODEL(**fields)
-    unknown = {*overrides} - {*model_fields(model)}
+    unknown = {*overrides} - {*module_fields(model)}
     if unknown or {*overrides} & {*fields}:
         raise ValueError(
             f"load_pretrained: cannot override {sorted(overrides)}; the weights fix "
-            f"{sorted(fields)} and {family.MODEL.__name__} has {model_fields(model)}"
+            f"{sorted(fields)} and {family.MODEL.__name__} has {module_fields(model)}"
         )
     model = family.MODEL(**fields, **overrides)
     with open_tensors(folder) as tensors:

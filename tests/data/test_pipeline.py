@@ -305,8 +305,8 @@ def test_workers_outlive_group_signals_and_end_quietly_with_the_program(tmp_path
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 is out of range; pass at least 1"),
-        ({"batch_size": 8}, "batch_size=8 is more than the 7 pictures .* of 7; pass at most 7"),
-        ({"batch_size": 4, "process_count": 2}, "batch_size=4 .* 3 pictures .*process_count=2"),
+        ({"batch_size": 8}, "batch_size=8 is more than the 7 examples .* of 7; pass at most 7"),
+        ({"batch_size": 4, "process_count": 2}, "batch_size=4 .* 3 examples .*process_count=2"),
         ({"num_workers": -1}, "num_workers=-1 is out of range; pass at least 0"),
         ({"seed": -1}, "seed=-1 is out of range; pass at least 0"),
         ({"num_epochs": 0}, "num_epochs=0 is out of range; pass at least 1"),

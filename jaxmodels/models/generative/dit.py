@@ -11,9 +11,13 @@ Weights  folders of `diffusers`' DiTTransformer2DModel, both ways, by
          `jaxmodels.load_pretrained` and `jaxmodels.save_pretrained`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
@@ -25,7 +29,7 @@ from jaxmodels.layers.patch_embed import PatchEmbed
 from jaxmodels.ops.norms import adaptive_layer_norm
 from jaxmodels.ops.patches import unpatchify
 from jaxmodels.ops.positions import sincos_positions_2d
-from jaxmodels.registry import register_model
+from jaxmodels.registry import create_mixer, module_fields, register_model
 
 # Xavier's for one (width, 3 * width) matrix, which the published code has.
 _FUSED_QKV_INIT = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
@@ -62,6 +66,8 @@ class DiTBlock(nn.Module):
 
     num_heads: int
     mlp_ratio: float = 4.0
+    mixer: str | None = None
+    mixer_options: Mapping[str, Any] = FrozenDict()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -73,17 +79,27 @@ class DiTBlock(nn.Module):
             6, dtype=self.dtype, name="modulation"
         )(condition)
         h = adaptive_layer_norm(x, shift_1, scale_1)
-        h = Attention(
-            self.num_heads,
-            use_bias=True,
-            dtype=self.dtype,
-            kernel_init=_FUSED_QKV_INIT,
-            name="attention",
-        )(h)
+        h = self._mix(h)
         x = x + gate_1[:, None, :] * h
         h = adaptive_layer_norm(x, shift_2, scale_2, epsilon=1e-5)
         h = Mlp(int(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp")(h)
         return x + gate_2[:, None, :] * h
+
+    def _mix(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        if self.mixer is None:
+            return Attention(
+                self.num_heads,
+                use_bias=True,
+                dtype=self.dtype,
+                kernel_init=_FUSED_QKV_INIT,
+                name="attention",
+            )(x)
+        heads = {"num_heads": self.num_heads, "head_dim": x.shape[-1] // self.num_heads}
+        fields = module_fields(create_mixer(self.mixer).clone(parent=None))
+        heads = {field: value for field, value in heads.items() if field in fields}
+        options = {"causal": False, "dtype": self.dtype, **heads, **self.mixer_options}
+        mixer = create_mixer(self.mixer, **options).clone(parent=self, name="mixer")
+        return mixer(x)[0]
 
 
 class FinalLayer(nn.Module):
@@ -123,6 +139,9 @@ class DiT(nn.Module):
       mlp_ratio: hidden width of the feed-forward over width.
       num_classes: labels are 0 to num_classes - 1; num_classes itself means no class.
       label_dropout: probability that a training label turns into no class.
+      mixer: None is attention as published; the name of any bidirectional
+        sequence mixer puts that in its place, with this model's heads.
+      mixer_options: fields of the mixer.
       dtype: of the computation; parameters are float32.
     """
 
@@ -136,6 +155,8 @@ class DiT(nn.Module):
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     label_dropout: float = 0.1
+    mixer: str | None = None
+    mixer_options: Mapping[str, Any] = FrozenDict()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -205,7 +226,14 @@ class DiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.depth,
         )
-        module = DiTBlock(self.num_heads, self.mlp_ratio, dtype=self.dtype, name="blocks")
+        module = DiTBlock(
+            self.num_heads,
+            self.mlp_ratio,
+            self.mixer,
+            self.mixer_options,
+            dtype=self.dtype,
+            name="blocks",
+        )
         return blocks(module, tokens, condition)[0]
 
     def _check(self, x: Float[Array, "B Y X C"]) -> None:
