@@ -6,7 +6,13 @@ from jax.typing import ArrayLike
 
 
 def require_within(
-    function: str, name: str, value: ArrayLike, low: float, high: float, *, open_low: bool = False
+    function: str,
+    name: str,
+    value: ArrayLike,
+    low: float | int,
+    high: float | int,
+    *,
+    open_low: bool = False,
 ) -> None:
     """Raises unless all of `value` is in [low, high], or (low, high] with `open_low`.
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 _LONGEST_WAVE = 10_000.0
 
@@ -38,6 +38,36 @@ def sincos_positions_2d(rows: int, columns: int, width: int) -> Float[Array, "N 
     y, x = np.divmod(np.arange(rows * columns), columns)
     waves = [wave(np.outer(p, frequencies)) for p in (x, y) for wave in (np.sin, np.cos)]
     return jnp.asarray(np.concatenate(waves, axis=1), jnp.float32)
+
+
+def sincos_positions(positions: Real[Array, "*B T"], width: int) -> Float[Array, "*B T D"]:
+    """Fixed features of places in a sequence, sines and cosines in turn.
+
+    out_2i = sin(m w_i),   out_2i+1 = cos(m w_i),   w_i = 10000^(-2 i / D)
+
+    Args:
+      positions: m.
+      width: D, the width of a token.
+
+    Returns:
+      Features in float32.
+
+    Raises:
+      ValueError: width is not a positive even number.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5
+    (arXiv:1706.03762).
+    """
+    if width < 2 or width % 2:
+        raise ValueError(
+            f"sincos_positions: width={width} is not a positive even number; every frequency "
+            f"needs a sine and a cosine"
+        )
+    frequencies = _LONGEST_WAVE ** (-np.arange(0, width, 2) / width)
+    frequencies = jnp.asarray(frequencies, jnp.float32).reshape((1,) * positions.ndim + (-1,))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return waves.reshape(*positions.shape, width)
 
 
 def sincos_timesteps(timesteps: Float[Array, "B"], width: int) -> Float[Array, "B D"]:

@@ -134,7 +134,8 @@ def rotate(
             f"rotate: {pairs} angles turn {2 * pairs} channels, and x {x.shape} has only "
             f"{x.shape[-1]}; compute the frequencies of a smaller width"
         )
-    turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    # In float32, as the angles are, whatever x is.
     cos, sin = ((magnitude * wave(angles))[..., None, :] for wave in (jnp.cos, jnp.sin))
     if layout == "half":
         a, b = turned[..., :pairs], turned[..., pairs:]

@@ -22,8 +22,6 @@ def document_index(segment_ids: Int[Array, "*B T"]) -> Int[Array, "*B T"]:
 
 def document_positions(segment_ids: Int[Array, "*B T"]) -> Int[Array, "*B T"]:
     """Position inside the document, from 0 at its first token."""
-    places = jnp.broadcast_to(
-        jnp.arange(segment_ids.shape[-1], dtype=jnp.int32), segment_ids.shape
-    )
+    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[-1], dtype=jnp.int32), segment_ids.shape)
     begins = jnp.where(document_starts(segment_ids), places, 0)
     return places - lax.cummax(begins, axis=begins.ndim - 1)

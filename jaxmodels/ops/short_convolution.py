@@ -54,16 +54,17 @@ def short_convolution(
         require_shape(name, "segment_ids", segment_ids, (batch, length), "(B, T)")
         # What came before belongs to the first document, number 0.
         documents = jnp.pad(document_index(segment_ids), ((0, 0), (past, 0)))
-    out = x * kernel[past]
+    taps = kernel[:, None, None]
+    out = x * taps[past]
     for back in range(1, past + 1):
         earlier = slice(past - back, past - back + length)
-        term = padded[:, earlier] * kernel[past - back]
+        term = padded[:, earlier] * taps[past - back]
         if documents is not None:
             same = documents[:, earlier] == documents[:, past:]
             term = jnp.where(same[..., None], term, 0)
         out = out + term
     if bias is not None:
-        out = out + bias
+        out = out + bias[None, None]
     last = padded[:, length:]
     if documents is not None:
         last = jnp.where((documents[:, length:] == documents[:, -1:])[..., None], last, 0)

@@ -91,8 +91,17 @@ def built(name, causal=True):
 
 
 def assert_close(found, wanted, tolerance=2e-5):
-    scale = max(1e-3, float(jnp.max(jnp.abs(wanted))))
-    np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=tolerance)
+    """Trees of arrays; the tolerance is relative to the largest number in them.
+
+    One scale for all, because some gradients are zero by symmetry but for rounding.
+    """
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(wanted))
+    assert scale > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance),
+        found,
+        wanted,
+    )
 
 
 def segments(*lengths):
@@ -197,7 +206,7 @@ def test_packed_documents_are_separate_documents(name, causal):
     assert_close(out, jnp.concatenate([part[1] for part in parts], axis=1))
     assert_close(d_x, jnp.concatenate([part[0][1] for part in parts], axis=1), 5e-5)
     summed = jax.tree.map(jnp.add, *(part[0][0] for part in parts))
-    jax.tree.map(functools.partial(assert_close, tolerance=1e-4), d_params, summed)
+    assert_close(d_params, summed, 5e-5)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -412,7 +421,5 @@ def test_a_chunk_size_of_nothing_is_named(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "form" in module_fields(small(n))])
 def test_an_unknown_form_is_named(name):
-    with pytest.raises(
-        ValueError, match=r"form='chunky'.*\"recurrent\"|form='chunky'.*'recurrent'"
-    ):
+    with pytest.raises(ValueError, match=r"form='chunky'.*recurrent"):
         small(name, form="chunky").init(jax.random.key(0), inputs())

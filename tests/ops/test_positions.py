@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 
-from jaxmodels.ops.positions import sincos_positions_2d, sincos_timesteps
+from jaxmodels.ops.positions import sincos_positions, sincos_positions_2d, sincos_timesteps
 
 
 def test_square_table_equals_diffusers():
@@ -62,3 +62,17 @@ def test_bad_widths():
     for width in (7, 2):
         with pytest.raises(ValueError, match=f"sincos_timesteps: width={width} is not an even"):
             sincos_timesteps(jnp.zeros(3), width)
+
+
+def test_sequence_positions_by_definition():
+    positions, width = np.array([[0, 3, 4_001], [7, 7, 1]]), 10
+    out = jax.jit(sincos_positions, static_argnums=1)(jnp.asarray(positions), width)
+    assert out.dtype == jnp.float32
+    for place in np.ndindex(2, 3):
+        for i in range(width // 2):
+            angle = positions[place] / 10_000.0 ** (2 * i / width)
+            np.testing.assert_allclose(
+                out[place][2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=5e-4
+            )
+    with pytest.raises(ValueError, match="sincos_positions: width=7 is not a positive even"):
+        sincos_positions(jnp.zeros((1, 2)), 7)
