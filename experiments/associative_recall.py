@@ -7,12 +7,14 @@ Claim     Layers with a memory of fixed size recall fewer of the pairs they have
           the delta rule, which replaces what it holds for a key, recalls the new one
           (Schlag et al. 2021, "Linear Transformers Are Secretly Fast Weight
           Programmers", arXiv:2102.11174, section 6.1, setting 2).
-Measured  One block of each mixer, behind the same embedding and short convolution,
-          is trained on fresh sequences to name the value that a key was given last.
-          Accuracy on new sequences against the floats of memory, K x V in every
-          head, apart for keys written once and keys written again. The convolution
-          in front lets all of them see key and value together: otherwise those
-          would win that have one inside.
+Measured  One block of each mixer is trained on fresh sequences to name the value that
+          a key was given last. Accuracy on new sequences against the floats of
+          memory, K x V in every head, apart for keys written once and keys written
+          again. Every token is embedded with the one before it, so that all mixers
+          see a key together with its value: otherwise those would win that have a
+          convolution inside. Gated linear attention adds too, but may fade old
+          values; it is shown and not part of the claim. All are trained equally long,
+          after which the gated ones are still learning where the memory is small.
 Run       python experiments/associative_recall.py           (about 5 min on 2 CPU cores)
           python experiments/associative_recall.py --help
 """
@@ -30,12 +32,12 @@ import optax
 
 from jaxmodels import create_mixer, data, plots, training
 from jaxmodels.layers.linear import Linear
-from jaxmodels.layers.short_convolution import ShortConvolution
 from jaxmodels.models.language.decoder import DecoderBlock
 from jaxmodels.training.experiment import Result, run, trajectory_fields
 
-# Memories that only add, memories that replace, and what keeps every token.
-ADDITIVE, DELTA, REFERENCE = ("linear", "gla"), ("delta", "gated_delta"), "softmax"
+# Memories that only add, add and fade, and replace; and what keeps every token.
+ADDITIVE, FADING, DELTA, REFERENCE = "linear", "gla", ("delta", "gated_delta"), "softmax"
+MEMORIES = (ADDITIVE, FADING, *DELTA)
 KINDS = ("once", "again")
 
 
@@ -43,19 +45,19 @@ KINDS = ("once", "again")
 class Config:
     """Every default of the experiment; each field is a flag."""
 
-    num_writes: int = 16
+    num_writes: int = 12
     """Pairs of key and value at the beginning of a sequence."""
-    num_live: int = 8
+    num_live: int = 6
     """Different keys in a sequence, at most; less than the writes, so that some are rewritten."""
-    num_questions: int = 16
+    num_questions: int = 12
     """Keys, chosen among those written, that follow the pairs."""
-    num_keys: int = 64
-    num_values: int = 32
+    num_keys: int = 32
+    num_values: int = 16
     head_dims: tuple[int, ...] = (4, 8, 16)
     """Widths of keys and values in a head, which the size of the memory follows from."""
     num_heads: int = 2
     width: int = 64
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 64
     learning_rate: float = 1e-2
     warmup: int = 50
@@ -64,7 +66,7 @@ class Config:
     num_tests: int = 1024
     """New sequences that accuracy is measured on."""
     seed: int = 0
-    checkpoint_every: int = 600
+    checkpoint_every: int = 400
     log_every: int = 10
     folder: Path | None = None
     """Where results go; by default the last unfinished run of this configuration is
@@ -74,7 +76,7 @@ class Config:
 def main(config: Config, folder: Path) -> Result:
     check(config)
     recall = {}
-    for name in (*ADDITIVE, *DELTA):
+    for name in MEMORIES:
         for head_dim in config.head_dims:
             recall[name, head_dim] = train_and_test(config, name, head_dim, folder)
     widest = max(config.head_dims)
@@ -95,8 +97,8 @@ def check(config: Config) -> None:
     for name in ("num_questions", "num_values", "num_heads", "num_tests"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if not config.head_dims or min(config.head_dims) < 1:
-        raise ValueError(f"head_dims={config.head_dims}: give at least one, above 0")
+    if not config.head_dims or any(dim < 2 or dim % 2 for dim in config.head_dims):
+        raise ValueError(f"head_dims={config.head_dims}: give at least one, all even and above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Recall:
 
 
 class Recaller(nn.Module):
-    """Embedding, a short convolution, one block, and a guess after every question.
+    """Embedding of each token and the one before, one block, a guess after every question.
 
     Attributes:
       config: sizes.
@@ -151,7 +153,8 @@ class Recaller(nn.Module):
         c = self.config
         unit = nn.initializers.normal(1.0)
         x = nn.Embed(c.num_keys + c.num_values, c.width, embedding_init=unit)(tokens)
-        x = x + ShortConvolution(2)(x)[0]
+        before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        x = x + Linear(c.width, use_bias=False)(before)
         x, _ = DecoderBlock(create_mixer(self.mixer, **self.options), 2 * c.width)(x)
         x = nn.RMSNorm()(x[:, -c.num_questions :])
         return Linear(c.num_values)(x)
@@ -159,7 +162,9 @@ class Recaller(nn.Module):
 
 def build(config: Config, name: str, head_dim: int) -> Recaller:
     options = {"num_heads": config.num_heads, "head_dim": head_dim}
-    if name == "gla":
+    if name != REFERENCE:
+        options["chunk_size"] = 16  # sequences are short
+    if name == FADING:
         options["value_expansion"] = 1  # the size of memory that the others have
     return Recaller(config, name, options)
 
@@ -213,15 +218,14 @@ def conclude(config: Config, recall: dict[tuple[str, int], dict[str, float]]) ->
         for kind, share in shares.items():
             measured[f"{name}_{size}_floats_{kind}"] = share
     widest = max(config.head_dims)
-    again = {name: recall[name, widest]["again"] for name in (*ADDITIVE, *DELTA)}
-    worst_delta = min(again[name] for name in DELTA)
-    best_additive = max(again[name] for name in ADDITIVE)
-    measured["worst_delta_again"], measured["best_additive_again"] = worst_delta, best_additive
+    delta = min(recall[name, widest]["again"] for name in DELTA)
+    additive = max(recall[ADDITIVE, head_dim]["again"] for head_dim in config.head_dims)
+    measured["worse_delta_rule_again"], measured["best_additive_again"] = delta, additive
     return Result(
-        claim="delta rules recall the new value of a key where memories that only add fail",
+        claim="delta rules recall the new value of a key where a memory that only adds fails",
         source="Schlag et al. 2021, arXiv:2102.11174, section 6.1; "
         "Arora et al. 2023, arXiv:2312.04927, section 3",
-        holds=bool(worst_delta > 0.9 and best_additive < 0.75),
+        holds=bool(delta > 0.9 and additive < 0.6),
         measured=measured,
     )
 
@@ -237,7 +241,7 @@ def draw_figure(
     for axes, kind, title in zip(figure.subplots(1, 2), KINDS, titles, strict=True):
         lines = {
             name: (sizes, [recall[name, head_dim][kind] for head_dim in config.head_dims])
-            for name in (*ADDITIVE, *DELTA)
+            for name in MEMORIES
         }
         lines[f"{REFERENCE} (keeps all tokens)"] = (sizes, [attention[kind]] * len(sizes))
         plots.curve(axes, lines, "floats of memory", "recalled", logx=True, title=title)

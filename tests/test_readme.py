@@ -10,11 +10,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+def test_python_examples_run():
+    sampling, mixing = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in sampling.splitlines() if line.strip()]) <= 10
     names = {}
-    exec(example, names)
+    exec(mixing, names)
+    assert names["out"].shape == (1, 7, 64) and names["state"] is not None
+    exec(sampling, names)
     assert names["images"].shape == (10, 8, 8, 1)
     # A fresh DiT is the zero field, so sampling leaves the noise where it is.
     np.testing.assert_array_equal(names["images"], names["noise"])

@@ -58,7 +58,7 @@ def gated_attention(
         with causal or segment_ids.
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 2.2 and
-    the code of appendix B (arXiv:2202.10447). Deviation: there n is the length of
+    its pseudocode (arXiv:2202.10447). Deviation: there n is the length of
     the sequence. With n_t, which is t + 1 in a causal document, what follows a
     token does not change its output; so do Ma et al. 2022, "Mega" (arXiv:2209.10655).
     """

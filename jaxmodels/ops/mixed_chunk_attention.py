@@ -95,7 +95,7 @@ def mixed_chunk_attention(
         state where a future token counts or for the parallel form.
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 3.2,
-    equations 7 and 8, and the code of appendix B (arXiv:2202.10447). Deviation:
+    equations 7 and 8, and its pseudocode (arXiv:2202.10447). Deviation:
     the number n_t stands for a constant.
     """
     _check(quad_q, quad_k, lin_q, lin_k, v, kernel, causal, chunk_size, segment_ids)

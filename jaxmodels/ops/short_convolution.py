@@ -68,4 +68,4 @@ def short_convolution(
     last = padded[:, length:]
     if documents is not None:
         last = jnp.where((documents[:, length:] == documents[:, -1:])[..., None], last, 0)
-    return out.astype(x.dtype), last
+    return out.astype(x.dtype), last.astype(initial_state.dtype)

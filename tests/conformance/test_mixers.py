@@ -38,14 +38,17 @@ SMALL = {
 NAMES = jaxmodels.list_mixers()
 
 
-def small(name, **overrides):
+def sizes(name):
+    """What there is of the small sizes; windows only where they do not change the pattern."""
     fields = module_fields(jaxmodels.create_mixer(name))
-    kept = {
-        field: value
-        for field, value in SMALL.items()
-        if field in fields and not (field == "window" and name != "sliding_window")
-    }
-    return jaxmodels.create_mixer(name, **{**kept, **overrides})
+    kept = {field: value for field, value in SMALL.items() if field in fields}
+    if name != "sliding_window":
+        kept.pop("window", None)
+    return kept
+
+
+def small(name, **overrides):
+    return jaxmodels.create_mixer(name, **{**sizes(name), **overrides})
 
 
 def defined(name, causal):
@@ -296,8 +299,7 @@ def test_forms_agree(name):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_in_a_decoder(name):
     """Trains and streams as a layer of the language model; a step lowers the loss."""
-    options = {field: getattr(small(name), field) for field in SMALL if hasattr(small(name), field)}
-    model = Decoder(width=WIDTH, depth=2, vocab_size=17, mixer=name, mixer_options=options)
+    model = Decoder(width=WIDTH, depth=2, vocab_size=17, mixer=name, mixer_options=sizes(name))
     tokens = jax.random.randint(jax.random.key(4), (BATCH, LENGTH), 0, 17)
     params = jax.jit(model.init)(jax.random.key(5), tokens)
 
@@ -331,7 +333,7 @@ def test_in_the_main_jobs_transformer(name):
         in_channels=1,
         num_classes=3,
         mixer=name,
-        mixer_options={k: v for k, v in SMALL.items() if k in module_fields(small(name))},
+        mixer_options=sizes(name),
     )
     x, t, labels = jnp.ones((2, 8, 8, 1)), jnp.ones(2), jnp.zeros(2, jnp.int32)
     if name not in BIDIRECTIONAL:
@@ -399,11 +401,11 @@ def test_without_a_causal_form_there_is_no_state(name):
 def test_past_max_length_or_constant_state(name):
     """A state either has room for max_length tokens and says so, or does not grow."""
     mixer, params, call = built(name)
-    sizes = [
+    counts = [
         sum(leaf.size for leaf in jax.tree.leaves(mixer.init_state(1, n, jnp.float32)))
         for n in (LENGTH, 16_384)
     ]
-    if sizes[0] == sizes[1]:
+    if counts[0] == counts[1]:
         return
     state = mixer.init_state(BATCH, LENGTH - 1, jnp.float32)
     refused(name, "exceed its max_length=22", inputs(), state=state)

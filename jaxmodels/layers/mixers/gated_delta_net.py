@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmodels.layers.mixers.delta_mixer import DeltaMixer, DeltaState, decay_rates, step_biases
+from jaxmodels.layers.mixers.decays import decay_rates, step_biases
+from jaxmodels.layers.mixers.delta_mixer import DeltaMixer, DeltaState
 from jaxmodels.ops.delta_rule import gated_delta_rule
 from jaxmodels.registry import register_mixer
 

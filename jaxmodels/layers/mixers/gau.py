@@ -1,7 +1,7 @@
 """The gated attention unit: attention and feed-forward in one, with a single head.
 
 Paper    Hua et al. 2022, "Transformer Quality in Linear Time", section 2.2, figure 2
-         and the code of appendix B (arXiv:2202.10447).
+         and its pseudocode (arXiv:2202.10447).
 Differs  The norm before the unit and the residual around it belong to the block. The
          bias on the logits has its rotary form at every length, where the paper
          learns a table up to 512 tokens. Each scale starts at s^(-1/4), so that q . k
@@ -67,7 +67,7 @@ class RotaryBias(nn.Module):
     Attributes:
       width: of a and b; even.
 
-    Source: Hua et al. 2022, appendix B, `rel_pos_bias` (arXiv:2202.10447).
+    Source: Hua et al. 2022, `rel_pos_bias` of its pseudocode (arXiv:2202.10447).
     """
 
     width: int

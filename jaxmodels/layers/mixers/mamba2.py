@@ -5,22 +5,18 @@ Paper    Dao and Gu 2024, "Transformers are SSMs: Generalized Models and Efficie
          figure 6 (arXiv:2405.21060); agrees with `mamba2` of `transformers`.
 """
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxmodels.layers.mixers.decays import decay_rates, step_biases
 from jaxmodels.layers.mixers.recurrent import RecurrentMixer
 from jaxmodels.layers.short_convolution import ShortConvolution
 from jaxmodels.ops.gated_linear_attention import scalar_gated_linear_attention
 from jaxmodels.registry import register_mixer
-
-# Of the time steps that a fresh layer takes.
-_LEAST_STEP, _MOST_STEP = 0.001, 0.1
 
 
 class Mamba2State(NamedTuple):
@@ -95,8 +91,8 @@ class Mamba2(RecurrentMixer):
             for y in (b, c)
         )
         per_head = (self.num_heads,)
-        dt_bias = self.param("dt_bias", _initial_dt_bias, per_head)
-        a_log = self.param("A_log", _initial_a_log, per_head)
+        dt_bias = self.param("dt_bias", step_biases(), per_head)
+        a_log = self.param("A_log", decay_rates(1.0, 16.0), per_head)
         skip = self.param("D", nn.initializers.ones, per_head)
         dt = nn.softplus(dt.astype(jnp.float32) + dt_bias[None, None])
         y, memory = scalar_gated_linear_attention(
@@ -115,18 +111,6 @@ class Mamba2(RecurrentMixer):
             epsilon=self.norm_eps, feature_axes=(-2, -1), dtype=self.dtype, name="norm"
         )
         return norm(groups).reshape(y.shape)
-
-
-def _initial_a_log(key: Array, shape: tuple[int, ...]) -> Array:
-    """Rates from 1 to 16, as the published code draws them."""
-    return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
-
-
-def _initial_dt_bias(key: Array, shape: tuple[int, ...]) -> Array:
-    """Whose softplus is evenly spread in magnitude between the least and the most step."""
-    low, high = math.log(_LEAST_STEP), math.log(_MOST_STEP)
-    dt = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-    return dt + jnp.log(-jnp.expm1(-dt))
 
 
 @register_mixer
