@@ -117,7 +117,8 @@ def curve(
     Args:
       axes: keeps what is drawn in it already.
       lines: name to (x, y); several lines get a legend, a single one does not.
-        Beyond seven, colours come again with another dash pattern.
+        Beyond seven, colours come again with another dash pattern, and the legend
+        stands beside the axes.
       xlabel, ylabel: what is measured, with its unit.
       logx, logy: logarithmic axes; few points on logx are labelled one by one.
       title: above the lines.
@@ -151,7 +152,10 @@ def curve(
     elif all(point.is_integer() for point in points):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+        # Many names would cover the lines; they stand beside the axes.
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        place = beside if len(lines) > len(PALETTE) else {}
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -96,10 +96,13 @@ def test_curve_draws_every_line_with_its_name_and_colour(axes):
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
 
 
-def test_no_two_of_many_curves_look_alike(axes):
+def test_no_two_of_many_curves_look_alike():
+    axes = plots.new_figure(8.0, 5.0).subplots()
     plots.curve(axes, {str(i): ([1, 2], [i, i]) for i in range(21)}, "x", "y")
     looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
     assert len(looks) == 21
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
 
 
 def test_curve_on_logarithmic_axes_labels_its_points(axes):
