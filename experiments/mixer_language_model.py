@@ -81,13 +81,17 @@ def causal_mixers() -> tuple[str, ...]:
 
 def decoder(config: Config, name: str, mlp_width: int | None = None) -> Decoder:
     fields = module_fields(create_mixer(name))
-    heads = {"num_heads": config.num_heads, "head_dim": config.head_dim}
+    if "num_heads" in fields:
+        sizes = {"num_heads": config.num_heads, "head_dim": config.head_dim}
+    else:
+        # One head as wide as all, and values of twice the width, as FLASH has them.
+        sizes = {"head_dim": config.num_heads * config.head_dim, "value_dim": 2 * config.width}
     return Decoder(
         width=config.width,
         depth=config.depth,
         mlp_width=mlp_width,
         mixer=name,
-        mixer_options={field: value for field, value in heads.items() if field in fields},
+        mixer_options={field: value for field, value in sizes.items() if field in fields},
         dtype=training.compute_dtype(config.precision),
     )
 
