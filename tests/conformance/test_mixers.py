@@ -5,15 +5,27 @@ paper in `tests/layers/mixers/`; here it is compared with itself where the
 promise is that two ways of calling it agree.
 """
 
-import contextlib
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
+from conformance.mixer_cases import (
+    BATCH,
+    BIDIRECTIONAL,
+    BOTH,
+    CAUSAL,
+    LENGTH,
+    NAMES,
+    STATELESS,
+    WIDTH,
+    assert_close,
+    built,
+    inputs,
+    segments,
+    sizes,
+    small,
+)
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,96 +33,6 @@ import jaxmodels
 from jaxmodels.models.generative.dit import DiT
 from jaxmodels.models.language.decoder import Decoder
 from jaxmodels.registry import module_fields
-
-BATCH, LENGTH, WIDTH = 3, 23, 28
-# Small, and such that the sequence has several blocks or windows and a rest.
-SMALL = {
-    "num_heads": 2,
-    "head_dim": 6,
-    "chunk_size": 8,
-    "block_size": 8,
-    "stride": 4,
-    "window": 5,
-    "max_length": 64,
-    "rank": 7,
-    "num_features": 11,
-}
-NAMES = jaxmodels.list_mixers()
-
-
-def sizes(name):
-    """What there is of the small sizes; windows only where they do not change the pattern."""
-    fields = module_fields(jaxmodels.create_mixer(name))
-    kept = {field: value for field, value in SMALL.items() if field in fields}
-    if name != "sliding_window":
-        kept.pop("window", None)
-    return kept
-
-
-def small(name, **overrides):
-    return jaxmodels.create_mixer(name, **{**sizes(name), **overrides})
-
-
-def defined(name, causal):
-    """Whether a mixer has this form; what it says otherwise is tested below."""
-    try:
-        init = functools.partial(small(name, causal=causal).init, jax.random.key(0))
-        jax.eval_shape(init, jnp.zeros((1, 2, WIDTH)))
-    except ValueError:
-        return False
-    return True
-
-
-CAUSAL = [name for name in NAMES if defined(name, True)]
-BIDIRECTIONAL = [name for name in NAMES if defined(name, False)]
-BOTH = [
-    (name, causal) for causal, names in ((True, CAUSAL), (False, BIDIRECTIONAL)) for name in names
-]
-STATELESS = sorted({*NAMES} - {*CAUSAL})
-
-
-@functools.cache
-def inputs(length=LENGTH, seed=0):
-    return jax.random.normal(jax.random.key(seed), (BATCH, length, WIDTH))
-
-
-@functools.cache
-def built(name, causal=True):
-    """A mixer, parameters away from special starting values, and its compiled call."""
-    mixer = small(name, causal=causal)
-    params = jax.jit(mixer.init)(jax.random.key(1), inputs())
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-
-    @jax.jit
-    def call(params, x, segment_ids=None, state=None):
-        return mixer.apply(params, x, segment_ids=segment_ids, state=state)
-
-    return mixer, jax.tree.unflatten(structure, moved), call
-
-
-def assert_close(found, wanted, tolerance=2e-5):
-    """Trees of arrays; the tolerance is relative to the largest number in them.
-
-    One scale for all, because some gradients are zero by symmetry but for rounding.
-    """
-    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(wanted))
-    assert scale > 0
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance),
-        found,
-        wanted,
-    )
-
-
-def segments(*lengths):
-    """Ids of documents of these lengths, the same in every sequence of the batch."""
-    ids = np.repeat(np.arange(len(lengths)) * 3 + 5, lengths)
-    return jnp.asarray(np.broadcast_to(ids, (BATCH, len(ids))))
 
 
 def test_the_names_are_the_published_ones():
@@ -350,78 +272,3 @@ def test_in_the_main_jobs_transformer(name):
     mixing = gradient["params"]["blocks"]["mixer"]
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(mixing))
     assert any(g.any() for g in jax.tree.leaves(mixing))
-
-
-@contextlib.contextmanager
-def as_users_run():
-    """Without the suite's checks of annotations, which would speak before the mixer does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def refused(name, match, *args, causal=True, **kwargs):
-    mixer, params, _ = built(name, causal)
-    with as_users_run(), pytest.raises(ValueError, match=match) as caught:
-        mixer.apply(params, *args, **kwargs)
-    assert type(mixer).__name__ in str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "causal"), BOTH)
-def test_bad_input_is_named(name, causal):
-    x = inputs()
-    refused(name, r"x \(28,\) must be \(B, T, D\)", x[0, 0], causal=causal)
-    wrong = jnp.zeros((BATCH, LENGTH + 1), jnp.int32)
-    refused(name, r"positions \(3, 24\) must be \(B, T\) = \(3, 23\)", x, wrong, causal=causal)
-    refused(name, r"segment_ids \(3, 24\) must be", x, segment_ids=wrong, causal=causal)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_a_bad_state_is_named(name):
-    mixer, _, _ = built(name)
-    other = mixer.init_state(BATCH + 2, LENGTH, jnp.float32)
-    refused(name, "another batch", inputs(), state=other)
-    refused(name, "init_state", inputs(), state=(jnp.zeros(3),))
-    if name in BIDIRECTIONAL:
-        state = mixer.init_state(BATCH, LENGTH, jnp.float32)
-        refused(name, "causal=False contradicts", inputs(), state=state, causal=False)
-
-
-@pytest.mark.parametrize("name", STATELESS)
-def test_without_a_causal_form_there_is_no_state(name):
-    with pytest.raises(ValueError, match="causal=True is not defined"):
-        small(name, causal=True).init(jax.random.key(0), inputs())
-    with pytest.raises(ValueError, match="init_state"):
-        small(name).init_state(BATCH, LENGTH, jnp.float32)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_past_max_length_or_constant_state(name):
-    """A state either has room for max_length tokens and says so, or does not grow."""
-    mixer, params, call = built(name)
-    counts = [
-        sum(leaf.size for leaf in jax.tree.leaves(mixer.init_state(1, n, jnp.float32)))
-        for n in (LENGTH, 16_384)
-    ]
-    if counts[0] == counts[1]:
-        return
-    state = mixer.init_state(BATCH, LENGTH - 1, jnp.float32)
-    refused(name, "exceed its max_length=22", inputs(), state=state)
-    _, state = mixer.apply(params, inputs()[:, :20], state=state)
-    refused(name, "exceed its max_length=22", inputs()[:, 20:], state=state)
-    # Inside a compiled program the length is not known: no number may look right.
-    assert jnp.isnan(call(params, inputs()[:, 20:], state=state)[0]).all()
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if "chunk_size" in module_fields(small(n))])
-def test_a_chunk_size_of_nothing_is_named(name):
-    with pytest.raises(ValueError, match="chunk_size=0"):
-        small(name, chunk_size=0).init(jax.random.key(0), inputs())
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if "form" in module_fields(small(n))])
-def test_an_unknown_form_is_named(name):
-    with pytest.raises(ValueError, match=r"form='chunky'.*recurrent"):
-        small(name, form="chunky").init(jax.random.key(0), inputs())
