@@ -23,6 +23,8 @@ class TrainState:
       params: the parameters, float32.
       opt_state: the optimizer's state.
       ema: moving average of the parameters, or None.
+      model_state: the model's other variables by collection, such as
+        "batch_stats"; empty for a model that has parameters only.
       key: the run's key; step `n` uses `fold_in(key, n)`, so that resuming
         needs no history.
       placement: the sharding of every leaf, in tree order; static. A step pins
@@ -35,6 +37,7 @@ class TrainState:
     opt_state: Any
     ema: Any
     key: Any
+    model_state: Any = flax.struct.field(default_factory=dict)
     placement: tuple[Sharding, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -54,7 +57,8 @@ def init_state(
     than its part, and XLA drops the forward pass that Flax initialises with.
 
     Args:
-      model: a linen module whose only variables are parameters.
+      model: a linen module; variables that are not parameters, such as the
+        statistics of a batch norm, become the state's `model_state`.
       optimizer: an optax transformation.
       key: makes the parameters and, folded, every later step.
       example_batch: the arguments of the model's call by name, arrays or
@@ -71,7 +75,8 @@ def init_state(
 
     def build(init_key, run_key):
         example = {name: jnp.zeros(*shape) for name, shape in shapes.items()}
-        params = model.init(init_key, **example)["params"]
+        model_state = dict(model.init(init_key, **example))
+        params = model_state.pop("params")
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -79,6 +84,7 @@ def init_state(
             # A distinct buffer: step donates both.
             ema=jax.tree.map(jnp.copy, params) if ema else None,
             key=run_key,
+            model_state=model_state,
         )
 
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh

@@ -12,10 +12,13 @@ from jaxmodels.training.precision import cast_floating, compute_dtype
 from jaxmodels.training.state import TrainState
 
 LossFn = Callable[[Any, Any, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Array]]]
+StatefulLossFn = Callable[
+    [Any, Any, Key[Array, ""], Any], tuple[Float[Array, ""], dict[str, Array], Any]
+]
 
 
 def make_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn | StatefulLossFn,
     optimizer: optax.GradientTransformation,
     *,
     precision: str = "float32",
@@ -28,12 +31,15 @@ def make_step(
     `init_state` and `shard_batch`); the step itself runs on any mesh.
 
     Args:
-      loss_fn: `(params, batch, key) -> (loss, metrics)`, the mean over the batch.
+      loss_fn: `(params, batch, key) -> (loss, metrics)`, the mean over the batch;
+        for a state whose `model_state` is not empty,
+        `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       optimizer: an optax transformation, the one `init_state` was given.
       precision: `"float32"`, or `"bfloat16"` to hand `loss_fn` a bfloat16 copy
         of the parameters; gradients and updates stay float32.
       accumulate: how many equal parts of the batch to take one after the other,
-        their gradients averaged: less memory, the same update.
+        their gradients averaged: less memory, the same update. A `model_state`
+        goes from part to part.
       ema: decay of the moving average, or None. The first steps use the smaller
         `(1 + n) / (10 + n)`, or the average would remember the initial values.
 
@@ -52,13 +58,15 @@ def make_step(
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"make_step: ema={ema} must lie in (0, 1); None means no average")
 
-    def gradients(params, batch, key):
+    def gradients(params, model_state, batch, key):
         def loss_in_compute_dtype(params):
-            loss, metrics = loss_fn(cast_floating(params, dtype), batch, key)
-            return loss.astype(jnp.float32), metrics
+            extra = (model_state,) if model_state else ()
+            loss, metrics, *changed = loss_fn(cast_floating(params, dtype), batch, key, *extra)
+            return loss.astype(jnp.float32), (metrics, changed[0] if extra else model_state)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_in_compute_dtype, has_aux=True)(params)
-        return grads, {"loss": loss, **metrics}
+        of = jax.value_and_grad(loss_in_compute_dtype, has_aux=True)
+        (loss, (metrics, model_state)), grads = of(params)
+        return (grads, {"loss": loss, **metrics}), model_state
 
     def step(state, batch):
         if ema is not None and state.ema is None:
@@ -67,12 +75,20 @@ def make_step(
                 "create it with init_state(..., ema=True)"
             )
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = _accumulated(gradients, accumulate)(state.params, batch, key)
+        (grads, metrics), model_state = _accumulated(gradients, accumulate)(
+            state.params, state.model_state, batch, key
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema if ema is None else _move(state.ema, params, state.step, ema)
         metrics |= _gradient_health(grads)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=average,
+            model_state=model_state,
+        )
         return _pinned(state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -99,17 +115,20 @@ def _accumulated(gradients: Callable, parts: int) -> Callable:
         # Strided parts: each device keeps its own examples in every part.
         return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
 
-    def averaged(params, batch, key):
+    def averaged(params, model_state, batch, key):
         batches = jax.tree.map(split, batch)
         keys = jax.random.split(key, parts)
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], batches), key)
+        first = jax.tree.map(lambda x: x[0], batches)
+        shapes, _ = jax.eval_shape(gradients, params, model_state, first, key)
 
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+        def add(carry, part):
+            total, model_state = carry
+            found, model_state = gradients(params, model_state, *part)
+            return (jax.tree.map(jnp.add, total, found), model_state), None
 
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (batches, keys))
-        return jax.tree.map(lambda x: x / parts, total)
+        (total, model_state), _ = jax.lax.scan(add, (zeros, model_state), (batches, keys))
+        return jax.tree.map(lambda x: x / parts, total), model_state
 
     return averaged
 
