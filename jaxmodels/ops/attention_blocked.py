@@ -17,15 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxmodels.ops import attention_spans as spans
 from jaxmodels.ops.attention_naive import SegmentIds, Window
 
-# Rows of a block: many make products efficient, few skip more of what a window hides.
-_MIN_ROWS, _WINDOW_ROWS, _MAX_ROWS = 32, 256, 1024
-# Logits in a block at the most, which bounds memory, and as many as are fastest.
-_MAX_LOGITS, _FORWARD_LOGITS, _BACKWARD_LOGITS = 1 << 23, 1 << 22, 1 << 20
-# Blocks written out one after the other, each with its own range of columns.
-# Beyond this many, neighbours share a range and a loop: compile time is bounded.
-_MAX_SPANS = 8
+# Logits of a step of the outer loop: as many as are fastest.
+_FORWARD_LOGITS, _BACKWARD_LOGITS = 1 << 22, 1 << 20
 
 
 class _Config(NamedTuple):
@@ -43,21 +39,6 @@ class _Pairs(NamedTuple):
     bias: Array | None
     mask: Array | None
     segment_ids: SegmentIds | None
-
-
-class _Span(NamedTuple):
-    """`count` blocks of `rows` rows from `start`, which see columns low to high - 1.
-
-    `edges` are the ranges of these columns, counted from low, that some of the
-    rows do not see.
-    """
-
-    start: int
-    rows: int
-    count: int
-    low: int
-    high: int
-    edges: tuple[tuple[int, int], ...]
 
 
 class _Block(NamedTuple):
@@ -126,8 +107,9 @@ def _split_steps(config, logits: int, *arrays):
     """
     q, k = arrays[:2]
     batch, kv_heads, group, num_queries = q.shape[:4]
-    rows = min(_most_rows(config.window, num_queries), num_queries)
-    most = max(2, logits // (group * rows * k.shape[3]))
+    rows = min(spans.most_rows(config.window, num_queries), num_queries)
+    columns = spans.most_columns(config.window, num_queries, k.shape[3])
+    most = max(2, logits // (group * rows * columns))
     if most < kv_heads:
         images, heads = 1, _divisor(kv_heads, most)
     else:
@@ -163,42 +145,6 @@ def _vary_alike(arrays):
     return jax.tree.map(vary, arrays)
 
 
-def _most_rows(window: Window, num_rows: int) -> int:
-    if window == (None, None):
-        return _MAX_ROWS
-    return min(_MAX_ROWS, max(_WINDOW_ROWS, num_rows // _MAX_SPANS))
-
-
-def _spans(num_rows: int, num_columns: int, batch: int, offset: int, window: Window):
-    """Cuts rows into blocks; row r sees columns r + offset - left to r + offset + right."""
-    most = _most_rows(window, num_rows)
-    rows = max(_MIN_ROWS, min(most, _MAX_LOGITS // (batch * num_columns)))
-    rows = -(-num_rows // -(-num_rows // rows))
-    full, rest = divmod(num_rows, rows)
-    count = -(-full // _MAX_SPANS)
-    cuts = [(first * rows, rows, min(count, full - first)) for first in range(0, full, count)]
-    if rest:
-        cuts.append((full * rows, rest, 1))
-    return [_span(*cut, num_columns, offset, window) for cut in cuts]
-
-
-def _span(start: int, rows: int, count: int, num_columns: int, offset: int, window: Window):
-    left, right = window
-    first, last = start + offset, start + offset + count * rows - 1
-
-    def clip(column, low=0):
-        return min(max(low, column), num_columns)
-
-    low = 0 if left is None else clip(first - left)
-    high = num_columns if right is None else clip(last + right + 1, low)
-    # All rows see what lies between the last row's left and the first row's right.
-    all_low = 0 if left is None else min(clip(last - left), high)
-    all_high = num_columns if right is None else clip(first + right + 1, low)
-    edges = ((low, all_low), (all_high, high)) if all_low < all_high else ((low, high),)
-    edges = tuple((a - low, b - low) for a, b in edges if a < b)
-    return _Span(start, rows, count, low, high, edges)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, q, k, v, sinks, pairs):
     return _forward(config, q, k, v, sinks, pairs)[0]
@@ -219,19 +165,20 @@ def _forward_step(config, pairs, image, head, q, k, v, sinks):
     q, k, values = q.astype(wide) * config.scale, k[:, :, 0].astype(wide), v[:, :, 0].astype(wide)
     sink = None if sinks is None else sinks.astype(wide)[..., None]
     parts = []
-    for span in _spans(
+    for span in spans.cut(
         num_queries, k.shape[2], images * heads * group, config.offset, config.window
     ):
-        seen = slice(span.low, span.high)
 
-        def one_block(i, span=span, seen=seen):
-            query = span.start + i * span.rows
-            columns = span.high - span.low
+        def one_block(i, span=span):
+            query, key = span.start + i * span.rows, span.first_column(i)
             block = _Block(
-                image, images, head, heads, query, span.rows, span.low, columns, span.edges
+                image, images, head, heads, query, span.rows, key, span.width, span.edges
             )
             rows = lax.dynamic_slice_in_dim(q, query, span.rows, axis=3)
-            dots = jnp.einsum("nhgtk,nhsk->nhgts", rows, k[:, :, seen])
+            keys, key_values = (
+                lax.dynamic_slice_in_dim(x, key, span.width, axis=2) for x in (k, values)
+            )
+            dots = jnp.einsum("nhgtk,nhsk->nhgts", rows, keys)
             logits = _finish(config, pairs, block, dots)[0]
             top = jnp.max(logits, axis=-1, initial=-jnp.inf)
             top = top if sink is None else jnp.maximum(top, sink)
@@ -241,7 +188,7 @@ def _forward_step(config, pairs, image, head, q, k, v, sinks):
             total = jnp.sum(weights, axis=-1)
             total = total if sink is None else total + jnp.exp(sink - top)
             total = jnp.where(total == 0.0, 1.0, total)
-            mixed = jnp.einsum("nhgts,nhsv->nhgtv", weights, values[:, :, seen])
+            mixed = jnp.einsum("nhgts,nhsv->nhgtv", weights, key_values)
             return (mixed / total[..., None]).astype(v.dtype), top + jnp.log(total)
 
         parts.append(jax.tree.map(_join, lax.map(one_block, jnp.arange(span.count))))
@@ -358,33 +305,35 @@ def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delt
     # zeros_like, so that it varies over the axes of a shard_map as the others do.
     d_q = jnp.zeros_like(q, shape=(images, heads, width, group, num_queries))
     parts = []
-    for span in _spans(
+    for span in spans.cut(
         k.shape[2], num_queries, images * heads * group, -config.offset, (right, left)
     ):
-        seen = slice(span.low, span.high)
 
-        def one_block(carry, i, span=span, seen=seen):
+        def one_block(carry, i, span=span):
             d_q, d_bias = carry
-            key = span.start + i * span.rows
-            columns = span.high - span.low
+            key, query = span.start + i * span.rows, span.first_column(i)
             block = _Block(
-                image, images, head, heads, span.low, columns, key, span.rows, span.edges
+                image, images, head, heads, query, span.width, key, span.rows, span.edges
             )
-            rows = lax.dynamic_slice_in_dim(k, key, span.rows, axis=2)
-            row_values = lax.dynamic_slice_in_dim(v, key, span.rows, axis=2)
-            q_seen, d_out_seen = q[:, :, :, seen], d_out[:, :, :, seen]
+            rows, row_values = (lax.dynamic_slice_in_dim(x, key, span.rows, axis=2) for x in (k, v))
+            q_seen, d_out_seen, lse_seen, delta_seen = (
+                lax.dynamic_slice_in_dim(x, query, span.width, axis=3)
+                for x in (q, d_out, lse, delta)
+            )
             dots = jnp.einsum("nhsk,nhgtk->nhsgt", rows, q_seen)
             logits, slope = _finish(config, pairs, block, dots, order=(0, 1, 4, 2, 3))
-            weights = jnp.exp(logits - lse[:, :, None, :, seen])
+            weights = jnp.exp(logits - lse_seen[:, :, None])
             d_values = jnp.einsum("nhsgt,nhgtv->nhsv", weights, d_out_seen)
             d_weights = jnp.einsum("nhsv,nhgtv->nhsgt", row_values, d_out_seen)
-            d_logits = weights * (d_weights - delta[:, :, None, :, seen])
+            d_logits = weights * (d_weights - delta_seen[:, :, None])
             if d_bias is not None:
                 d_bias = _add(d_bias, block, d_logits.transpose(0, 1, 3, 4, 2))
             if slope is not None:
                 d_logits = d_logits * slope
             d_keys = jnp.einsum("nhsgt,nhgtk->nhsk", d_logits, q_seen)
-            d_q = d_q.at[..., seen].add(jnp.einsum("nhsk,nhsgt->nhkgt", rows, d_logits))
+            old = lax.dynamic_slice_in_dim(d_q, query, span.width, axis=4)
+            new = old + jnp.einsum("nhsk,nhsgt->nhkgt", rows, d_logits)
+            d_q = lax.dynamic_update_slice_in_dim(d_q, new, query, axis=4)
             return (d_q, d_bias), (d_keys.astype(dtypes[1]), d_values.astype(dtypes[2]))
 
         (d_q, d_bias), part = lax.scan(one_block, (d_q, d_bias), jnp.arange(span.count))

@@ -13,7 +13,7 @@ from transformers.masking_utils import sliding_window_overlay
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from jaxmodels.ops import attention_blocked, dot_product_attention
+from jaxmodels.ops import attention_blocked, attention_spans, dot_product_attention
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -28,9 +28,10 @@ def any_blocks(request, monkeypatch):
     """Small blocks: many spans, loops inside spans, and a ragged last block."""
     if request.param != "small blocks":
         return request.param
-    small = {"_MAX_LOGITS": 1, "_FORWARD_LOGITS": 1, "_BACKWARD_LOGITS": 1}
-    for name, value in {**small, "_MIN_ROWS": 3, "_MAX_SPANS": 2}.items():
-        monkeypatch.setattr(attention_blocked, name, value)
+    for name in ("_FORWARD_LOGITS", "_BACKWARD_LOGITS"):
+        monkeypatch.setattr(attention_blocked, name, 1)
+    for name, value in {"MAX_LOGITS": 1, "MIN_ROWS": 3, "MAX_SPANS": 2}.items():
+        monkeypatch.setattr(attention_spans, name, value)
     return "blocked"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmodels.ops import attention_blocked, dot_product_attention
+from jaxmodels.ops import attention_blocked, attention_spans, dot_product_attention
 
 naive = functools.partial(dot_product_attention, implementation="naive")
 blocked = functools.partial(dot_product_attention, implementation="blocked")
@@ -117,7 +117,7 @@ def compiled(length, backward, **options):
     [({}, False), ({}, True), ({"causal": True}, True)],
 )
 def test_memory_is_linear_in_the_length(monkeypatch, backward, options):
-    monkeypatch.setattr(attention_blocked, "_MAX_ROWS", 128)
+    monkeypatch.setattr(attention_spans, "MAX_ROWS", 128)
     sizes = [
         compiled(length, backward, **options).memory_analysis().temp_size_in_bytes
         for length in (2048, 8192)
@@ -127,7 +127,7 @@ def test_memory_is_linear_in_the_length(monkeypatch, backward, options):
 
 
 def test_blocks_are_bounded():
-    block = 4 * attention_blocked._MAX_LOGITS
+    block = 4 * attention_spans.MAX_LOGITS
     assert compiled(32768, False).memory_analysis().temp_size_in_bytes < 3 * block
 
 
@@ -187,9 +187,9 @@ def test_blocked_equals_naive(call, block_logits):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, arrays)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_MAX_LOGITS", "_FORWARD_LOGITS", "_BACKWARD_LOGITS"):
+        for name in ("_FORWARD_LOGITS", "_BACKWARD_LOGITS"):
             patch.setattr(attention_blocked, name, block_logits)
-        patch.setattr(attention_blocked, "_MIN_ROWS", 3)
-        patch.setattr(attention_blocked, "_MAX_SPANS", 2)
+        for name, value in {"MAX_LOGITS": block_logits, "MIN_ROWS": 3, "MAX_SPANS": 2}.items():
+            patch.setattr(attention_spans, name, value)
         actual = run(blocked)
     assert_close(actual, run(naive))
