@@ -1,0 +1,142 @@
+"""Convolution of images, channels last."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmodels.ops.depthwise import depthwise_convolution
+from jaxmodels.ops.linear import linear
+from jaxmodels.ops.platform import platform
+from jaxmodels.ops.windows import Padding, Pair, padding_pairs, pair, window_counts
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+# Below so many channels XLA's own gradient of the kernel beats matrix products.
+_CHANNELS = 64
+
+
+def convolution(
+    x: Float[Array, "B Y X C"],
+    kernel: Float[Array, "KY KX I F"],
+    *,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Float[Array, "B V U F"]:
+    """Slides a kernel over an image (a cross-correlation, as in torch).
+
+    out[y, x, f] = sum_(i, j, c) kernel[i, j, c, f] x[s y + d i - p, s x + d j - p, c]
+
+    This is `lax.conv_general_dilated` and its gradient, but on a CPU: there a
+    depthwise convolution (groups = C = F) is `depthwise_convolution`, one of 1 x 1
+    is `linear` (whose kernel gradient is eight times faster), and the kernel
+    gradient of wide ones is a matrix product for each of its places (1.4 times
+    faster); forward-mode differentiation is then not defined.
+
+    Args:
+      x: images.
+      kernel: I = C / groups input channels for each of F outputs.
+      stride: s, one value or (y, x).
+      padding: p zeros around the image: one value, (y, x), or ((top, bottom),
+        (left, right)).
+      dilation: d, one value or (y, x).
+      groups: the channels are cut into this many groups, each of which sees only
+        itself; divides C and F.
+
+    Returns:
+      V = (Y + top + bottom - dilation (KY - 1) - 1) // stride + 1 rows, and U
+      columns likewise.
+
+    Raises:
+      ValueError: shapes disagree, or the padded image is smaller than the kernel.
+
+    Source: the definition; dilation from Yu and Koltun 2016, "Multi-Scale Context
+    Aggregation by Dilated Convolutions", section 2 (arXiv:1511.07122).
+    """
+    name = "convolution"
+    strides, dilations = pair(name, "stride", stride), pair(name, "dilation", dilation)
+    sides = padding_pairs(name, padding)
+    _check_channels(x, kernel, groups)
+    window_counts(name, x.shape[1:3], kernel.shape[:2], strides, sides, dilations)
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if groups > 1 and groups == x.shape[3] == kernel.shape[3]:
+        return depthwise_convolution(
+            x, kernel[:, :, 0], stride=strides, padding=sides, dilation=dilations
+        )
+    if platform() != "cpu" or groups > 1:
+        return _plain(x, kernel, strides, sides, dilations, groups)
+    if kernel.shape[:2] == (1, 1):
+        padded = jnp.pad(x, ((0, 0), *sides, (0, 0)))
+        return linear(padded[:, :: strides[0], :: strides[1]], kernel[0, 0])
+    if min(kernel.shape[2:]) < _CHANNELS:
+        return _plain(x, kernel, strides, sides, dilations)
+    return _wide(x, kernel, strides, sides, dilations)
+
+
+def _plain(x, kernel, strides, sides, dilations, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        sides,
+        rhs_dilation=dilations,
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _wide(x, kernel, strides, sides, dilations):
+    return _plain(x, kernel, strides, sides, dilations)
+
+
+def _wide_forward(x, kernel, strides, sides, dilations):
+    return _plain(x, kernel, strides, sides, dilations), (x, kernel)
+
+
+def _wide_backward(strides, sides, dilations, saved, g):
+    x, kernel = saved
+    to_input = jax.linear_transpose(lambda x: _plain(x, kernel, strides, sides, dilations), x)
+    return *to_input(g), _kernel_gradient(x, g, kernel, strides, sides, dilations)
+
+
+_wide.defvjp(_wide_forward, _wide_backward)
+
+
+def _kernel_gradient(x, g, kernel, strides, sides, dilations):
+    """A matrix product for each place of the kernel: what it saw times what came back."""
+    padded = jnp.pad(x, ((0, 0), *sides, (0, 0)))
+    came_back = g.reshape(-1, g.shape[3])
+
+    def at(i, j):
+        rows = slice(i, i + (g.shape[1] - 1) * strides[0] + 1, strides[0])
+        columns = slice(j, j + (g.shape[2] - 1) * strides[1] + 1, strides[1])
+        return padded[:, rows, columns].reshape(-1, x.shape[3]).T @ came_back
+
+    taps = [
+        at(i * dilations[0], j * dilations[1])
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    return jnp.stack(taps).reshape(kernel.shape)
+
+
+def _check_channels(x: jax.Array, kernel: jax.Array, groups: int) -> None:
+    channels, features = kernel.shape[2] * groups, kernel.shape[3]
+    if x.shape[3] != channels:
+        hint = "the image looks channels first; move axis 1 last"
+        raise ValueError(
+            f"convolution: x of shape {x.shape} (B, Y, X, C) has {x.shape[3]} channels, but kernel "
+            f"{kernel.shape} with groups={groups} takes {channels}"
+            + (f"; {hint}" if x.shape[1] == channels else "")
+        )
+    if features % groups:
+        raise ValueError(
+            f"convolution: groups={groups} does not divide the {features} outputs of kernel "
+            f"{kernel.shape}"
+        )
