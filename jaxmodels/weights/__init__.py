@@ -1,25 +1,29 @@
 """Other people's checkpoints to our parameter trees, and back.
 
-A family is a module with one mapping table, `ROWS`, used in both directions,
-and the translation of config.json into the fields of the model.
+A family is a module with one mapping table, used in both directions, and the
+translation of config.json into the fields of the model; see `family.Family`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxmodels.registry import module_fields
-from jaxmodels.weights import dit
+from jaxmodels.weights import dit, resnet, swin, vit
+from jaxmodels.weights.family import Family
 from jaxmodels.weights.folder import find_folder, open_tensors, read_config, write_folder
+from jaxmodels.weights.preprocess import Preprocessing, preprocessing_config
+from jaxmodels.weights.preprocess import load_preprocessing as load_preprocessing
 from jaxmodels.weights.table import check_shapes, expected_tensors, export_tensors, import_tensors
 
-_FAMILIES = (dit,)
+_FAMILIES = (dit.FAMILY, vit.VIT, vit.DINOV2, swin.SWIN, swin.SWIN_V2, resnet.RESNET)
 
 
 def load_pretrained(
@@ -33,7 +37,9 @@ def load_pretrained(
         on the hub.
       revision: branch, tag or commit on the hub.
       **overrides: fields of the model that do not change its parameters, such
-        as `dtype` or `label_dropout`.
+        as `dtype` or `dropout`; and `num_classes` of an image classifier, which
+        throws its head away: 0 for features, other numbers for a new head of
+        zeros to fine-tune.
 
     Returns:
       The module, and its variables with float32 parameters, as `init` would
@@ -46,31 +52,62 @@ def load_pretrained(
     folder = find_folder(source, revision)
     config = read_config(folder)
     family = _family_of_config(config, folder)
-    fields = family.from_config(config)
-    model = family.MODEL(**fields)
-    unknown = {*overrides} - {*module_fields(model)}
-    if unknown or {*overrides} & {*fields}:
-        raise ValueError(
-            f"load_pretrained: cannot override {sorted(overrides)}; the weights fix "
-            f"{sorted(fields)} and {family.MODEL.__name__} has {module_fields(model)}"
-        )
-    model = family.MODEL(**fields, **overrides)
     with open_tensors(folder) as tensors:
-        expected = expected_tensors(family.ROWS, _parameter_shapes(family, model), model)
+        tensors = {k: v for k, v in tensors.items() if not re.fullmatch(family.ignored or "", k)}
+        fields = family.from_config(config, tensors.keys())
+        _check_overrides(family, fields, overrides)
+        model = family.model(**fields)
+        tables, shapes = family.tables(model), _shapes(family, model)
+        expected = {}
+        for collection, rows in tables.items():
+            expected |= expected_tensors(rows, shapes[collection], model)
         found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
         check_shapes(f"load_pretrained: {folder}", expected, found)
-        params = import_tensors(family.ROWS, tensors, model)
-    return model, {"params": jax.tree.map(jnp.asarray, params)}
+        variables = {
+            collection: jax.tree.map(jnp.asarray, import_tensors(rows, tensors, model))
+            for collection, rows in tables.items()
+        }
+    model = family.model(**{**fields, **overrides})
+    return model, _with_new_head(family, model, variables, fields)
 
 
-def save_pretrained(model: nn.Module, variables: Mapping, path: str | Path) -> None:
+def _check_overrides(family: Family, fields: Mapping, overrides: Mapping) -> None:
+    known = module_fields(family.model(**fields))
+    fixed = {*fields} - family.free - ({"num_classes"} if family.head else set())
+    if {*overrides} - {*known} or {*overrides} & fixed:
+        raise ValueError(
+            f"load_pretrained: cannot override {sorted(overrides)}; the weights fix "
+            f"{sorted(fixed)} and {family.model.__name__} has {known}"
+        )
+
+
+def _with_new_head(family: Family, model: nn.Module, variables: dict, fields: Mapping) -> dict:
+    """The variables with a head for the model's num_classes, if that is not the file's."""
+    if family.head is None or model.num_classes == fields["num_classes"]:
+        return variables
+    params = {name: value for name, value in variables["params"].items() if name != family.head}
+    if model.num_classes:
+        shapes = _shapes(family, model)["params"][family.head]
+        params[family.head] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    return {**variables, "params": params}
+
+
+def save_pretrained(
+    model: nn.Module,
+    variables: Mapping,
+    path: str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+) -> None:
     """Writes a model folder that `load_pretrained` and the family's PyTorch library read.
 
     Args:
       model: the module.
-      variables: what `model.init` returned, or `{"params": state.params}`.
+      variables: what `model.init` returned, or `{"params": state.params}`, with
+        "batch_stats" if the model has them.
       path: of the folder; a model folder that is already there is replaced,
         and stays whole if anything goes wrong.
+      preprocessing: written beside the weights, for `load_preprocessing`.
 
     Raises:
       ValueError: the format cannot hold this model, the variables are not its
@@ -78,35 +115,46 @@ def save_pretrained(model: nn.Module, variables: Mapping, path: str | Path) -> N
     """
     family = _family_of_model(model)
     config = family.to_config(model)
-    expected = _named_shapes(_parameter_shapes(family, model))
-    found = _named_shapes(variables.get("params", {}))
-    check_shapes("save_pretrained: variables['params']", expected, found)
-    write_folder(Path(path), config, export_tensors(family.ROWS, variables["params"], model))
+    shapes = _shapes(family, model)
+    tensors: dict[str, np.ndarray] = family.constants(model)
+    for collection, rows in family.tables(model).items():
+        expected = _named_shapes(shapes[collection])
+        found = _named_shapes(variables.get(collection, {}))
+        check_shapes(f"save_pretrained: variables[{collection!r}]", expected, found)
+        tensors |= export_tensors(rows, variables[collection], model)
+    write_folder(
+        Path(path),
+        config,
+        tensors,
+        weights_file=family.weights_file,
+        preprocessing=None if preprocessing is None else preprocessing_config(preprocessing),
+    )
 
 
 def _named_shapes(params: Mapping) -> dict[str, tuple]:
     return {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
 
 
-def _parameter_shapes(family: ModuleType, model: nn.Module) -> dict:
-    return jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))["params"]
+def _shapes(family: Family, model: nn.Module) -> dict:
+    return jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(model))
 
 
-def _family_of_config(config: Mapping[str, Any], folder: Path) -> ModuleType:
+def _family_of_config(config: Mapping[str, Any], folder: Path) -> Family:
     for family in _FAMILIES:
         if family.accepts(config):
             return family
+    kind = config.get("_class_name", config.get("model_type"))
     raise ValueError(
-        f"load_pretrained: {folder / 'config.json'} is of class {config.get('_class_name')!r}; "
-        f"supported: {', '.join(family.CLASS_NAME for family in _FAMILIES)}"
+        f"load_pretrained: {folder / 'config.json'} is of class {kind!r}; "
+        f"supported: {', '.join(family.name for family in _FAMILIES)}"
     )
 
 
-def _family_of_model(model: nn.Module) -> ModuleType:
+def _family_of_model(model: nn.Module) -> Family:
     for family in _FAMILIES:
-        if isinstance(model, family.MODEL):
+        if isinstance(model, family.model) and family.holds(model):
             return family
+    names = dict.fromkeys(family.model.__name__ for family in _FAMILIES)
     raise ValueError(
-        f"save_pretrained: no format for a {type(model).__name__}; "
-        f"supported: {', '.join(family.MODEL.__name__ for family in _FAMILIES)}"
+        f"save_pretrained: no format for a {type(model).__name__}; supported: {', '.join(names)}"
     )

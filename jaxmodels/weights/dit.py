@@ -1,15 +1,16 @@
 """DiT as `diffusers` writes it: class DiTTransformer2DModel."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodels.models.generative.dit import DiT
-from jaxmodels.weights.table import LINEAR, PATCHES, Row
+from jaxmodels.weights.classifiers import require_fields
+from jaxmodels.weights.family import Family
+from jaxmodels.weights.table import PATCHES, Row, dense
 
-MODEL = DiT
 CLASS_NAME = "DiTTransformer2DModel"
 
 # Sizes: their field to ours.
@@ -37,13 +38,6 @@ _FIXED = {
 _IDLE = {"norm_num_groups"}
 
 
-def _dense(ours: str, theirs: str, *, tied: bool = False) -> list[Row]:
-    return [
-        Row(f"{ours}/kernel", f"{theirs}.weight", LINEAR, tied),
-        Row(f"{ours}/bias", f"{theirs}.bias", tied=tied),
-    ]
-
-
 _BLOCK = "transformer_blocks.{block}"
 # They keep a copy of these embeddings in every block.
 _EMBEDDING = f"{_BLOCK}.norm1.emb"
@@ -51,22 +45,22 @@ _EMBEDDING = f"{_BLOCK}.norm1.emb"
 ROWS = [
     Row("patch_embed/project/kernel", "pos_embed.proj.weight", PATCHES),
     Row("patch_embed/project/bias", "pos_embed.proj.bias"),
-    *_dense("timestep_embedding/up", f"{_EMBEDDING}.timestep_embedder.linear_1", tied=True),
-    *_dense("timestep_embedding/down", f"{_EMBEDDING}.timestep_embedder.linear_2", tied=True),
+    *dense("timestep_embedding/up", f"{_EMBEDDING}.timestep_embedder.linear_1", tied=True),
+    *dense("timestep_embedding/down", f"{_EMBEDDING}.timestep_embedder.linear_2", tied=True),
     Row(
         "label_embedding/table/embedding",
         f"{_EMBEDDING}.class_embedder.embedding_table.weight",
         tied=True,
     ),
-    *_dense("blocks/modulation/project", f"{_BLOCK}.norm1.linear"),
-    *_dense("blocks/attention/q", f"{_BLOCK}.attn1.to_q"),
-    *_dense("blocks/attention/k", f"{_BLOCK}.attn1.to_k"),
-    *_dense("blocks/attention/v", f"{_BLOCK}.attn1.to_v"),
-    *_dense("blocks/attention/out", f"{_BLOCK}.attn1.to_out.0"),
-    *_dense("blocks/mlp/up", f"{_BLOCK}.ff.net.0.proj"),
-    *_dense("blocks/mlp/down", f"{_BLOCK}.ff.net.2"),
-    *_dense("final/modulation/project", "proj_out_1"),
-    *_dense("final/project", "proj_out_2"),
+    *dense("blocks/modulation/project", f"{_BLOCK}.norm1.linear"),
+    *dense("blocks/attention/q", f"{_BLOCK}.attn1.to_q"),
+    *dense("blocks/attention/k", f"{_BLOCK}.attn1.to_k"),
+    *dense("blocks/attention/v", f"{_BLOCK}.attn1.to_v"),
+    *dense("blocks/attention/out", f"{_BLOCK}.attn1.to_out.0"),
+    *dense("blocks/mlp/up", f"{_BLOCK}.ff.net.0.proj"),
+    *dense("blocks/mlp/down", f"{_BLOCK}.ff.net.2"),
+    *dense("final/modulation/project", "proj_out_1"),
+    *dense("final/project", "proj_out_2"),
 ]
 
 
@@ -77,12 +71,13 @@ def accepts(config: Mapping[str, Any]) -> bool:
     return name == CLASS_NAME or older
 
 
-def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def from_config(config: Mapping[str, Any], names: Set[str] = frozenset()) -> dict[str, Any]:
     """Our fields for a config.json.
 
     Raises:
       ValueError: a size is missing, or something a DiT does not have is switched on.
     """
+    del names  # config says it all
     known = {*_SIZES, _HEAD_WIDTH, *_FIXED, *_IDLE}
     faults = [f"{name} is missing" for name in (*_SIZES, _HEAD_WIDTH) if name not in config]
     faults += [
@@ -107,6 +102,7 @@ def to_config(model: DiT) -> dict[str, Any]:
     Raises:
       ValueError: the format has no place for a field of the model.
     """
+    require_fields(CLASS_NAME, model, mixer=None)
     if model.mlp_ratio != 4:
         raise ValueError(
             f"save_pretrained: {CLASS_NAME} always has mlp_ratio=4, this model {model.mlp_ratio}; "
@@ -129,3 +125,15 @@ def example_inputs(model: DiT) -> tuple[jax.ShapeDtypeStruct, ...]:
         jax.ShapeDtypeStruct((1,), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     )
+
+
+FAMILY = Family(
+    name=CLASS_NAME,
+    model=DiT,
+    accepts=accepts,
+    from_config=from_config,
+    to_config=to_config,
+    tables=lambda model: {"params": ROWS},
+    example_inputs=example_inputs,
+    weights_file="diffusion_pytorch_model.safetensors",
+)

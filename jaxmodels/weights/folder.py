@@ -17,11 +17,17 @@ from safetensors.numpy import save_file
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PREPROCESSING = "preprocessor_config.json"
 _INDEX = "*.safetensors.index.json"
 # In a pipeline, the denoising network has a folder of its own.
 _SUBFOLDER = "transformer"
 # Only these are asked of the hub: a pickle is never even downloaded.
-_WANTED = [CONFIG, "diffusion_pytorch_model*.safetensors", f"diffusion_pytorch_model{_INDEX[1:]}"]
+_WANTED = [
+    f"{stem}{end}"
+    for stem in ("diffusion_pytorch_model", "model")
+    for end in ("*.safetensors", _INDEX[1:])
+]
+_WANTED = [CONFIG, PREPROCESSING, *_WANTED]
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _REFUSED = (
     "is a pickle, which can run any code when opened; convert it to safetensors (in PyTorch: "
@@ -73,9 +79,9 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; raises ValueError if it is not a JSON object."""
-    path = folder / CONFIG
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The folder's config.json, or another; raises ValueError if it is not a JSON object."""
+    path = folder / name
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -131,7 +137,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"load_pretrained: no .safetensors file in {folder}")
 
 
-def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_folder(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    weights_file: str = WEIGHTS,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a model folder, whole or not at all.
 
     Everything goes to a new folder beside it, which then takes the name, so a
@@ -141,6 +154,8 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, np
       path: of the folder; a model folder of that name is replaced.
       config: for config.json.
       tensors: by name.
+      weights_file: name of the file that holds them.
+      preprocessing: for preprocessor_config.json, if there is to be one.
 
     Raises:
       ValueError: path is a file or a folder of something else.
@@ -159,12 +174,18 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, np
     )
     try:
         new.mkdir()
-        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        save_file(contiguous, new / WEIGHTS, metadata={"format": "pt"})
+        _write_json(new / CONFIG, config)
+        if preprocessing is not None:
+            _write_json(new / PREPROCESSING, preprocessing)
+        contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+        save_file(contiguous, new / weights_file, metadata={"format": "pt"})
         if path.is_dir():
             path.rename(old)
         new.rename(path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -33,6 +33,26 @@ PATCHES = Layout(
         3, 2, 0, 1
     ),
 )
+# Convolutions: (out, in, KY, KX) there, (KY, KX, in, out) here.
+CONVOLUTION = Layout(
+    read=lambda a: a.transpose(2, 3, 1, 0), write=lambda a, model: a.transpose(3, 2, 0, 1)
+)
+
+
+def leading_axes(count: int) -> Layout:
+    """Theirs has `count` more axes of length one in front."""
+    return Layout(
+        read=lambda a: a.reshape(a.shape[count:]),
+        write=lambda a, model: a.reshape((1,) * count + a.shape),
+    )
+
+
+def trailing_axes(count: int) -> Layout:
+    """Theirs has `count` more axes of length one at the end."""
+    return Layout(
+        read=lambda a: a.reshape(a.shape[: a.ndim - count]),
+        write=lambda a, model: a.reshape(a.shape + (1,) * count),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +72,27 @@ class Row:
     layout: Layout = SAME
     tied: bool = False
 
-    def names(self, depth: int) -> list[str]:
-        """Their names of all blocks, or the one name."""
-        blocks = range(depth) if "{block}" in self.theirs else range(1)
-        return [self.theirs.format(block=block) for block in blocks]
+    def names(self, model: nn.Module) -> list[str]:
+        """Their names of all `model.depth` blocks, or the one name."""
+        if "{block}" not in self.theirs:
+            return [self.theirs]
+        return [self.theirs.format(block=block) for block in range(model.depth)]
 
     @property
     def stacked(self) -> bool:
         """Whether ours has a leading axis of blocks."""
         return "{block}" in self.theirs and not self.tied
+
+
+def dense(ours: str, theirs: str, *, bias: bool = True, tied: bool = False) -> list[Row]:
+    """Rows of a linear map."""
+    kernel = Row(f"{ours}/kernel", f"{theirs}.weight", LINEAR, tied)
+    return [kernel, Row(f"{ours}/bias", f"{theirs}.bias", tied=tied)] if bias else [kernel]
+
+
+def affine(ours: str, theirs: str) -> list[Row]:
+    """Rows of a norm's gain and offset."""
+    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def export_tensors(rows: list[Row], params: Mapping, model: nn.Module) -> dict[str, np.ndarray]:
@@ -69,7 +101,7 @@ def export_tensors(rows: list[Row], params: Mapping, model: nn.Module) -> dict[s
     tensors = {}
     for row in rows:
         array = np.asarray(flat[row.ours])
-        for block, name in enumerate(row.names(model.depth)):
+        for block, name in enumerate(row.names(model)):
             tensors[name] = row.layout.write(array[block] if row.stacked else array, model)
     return tensors
 
@@ -82,7 +114,7 @@ def import_tensors(rows: list[Row], tensors: Mapping[str, Any], model: nn.Module
     """
     flat, untied = {}, []
     for row in rows:
-        names = row.names(model.depth)
+        names = row.names(model)
         parts = (_read(tensors[name], row.layout) for name in names)
         if row.stacked:
             flat[row.ours] = np.stack(list(parts))

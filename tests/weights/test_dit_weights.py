@@ -247,6 +247,8 @@ def test_saving_what_does_not_fit(folder, tmp_path):
     model, variables = jaxmodels.load_pretrained(folder[0])
     with pytest.raises(ValueError, match="always has mlp_ratio=4, this model 3"):
         jaxmodels.save_pretrained(model.clone(mlp_ratio=3.0), variables, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"only holds mixer=None \(this model has 'linear'\)"):
+        jaxmodels.save_pretrained(model.clone(mixer="linear"), variables, tmp_path / "a")
     with pytest.raises(ValueError, match=r"missing final/project/bias \(20,\)"):
         jaxmodels.save_pretrained(model, variables["params"], tmp_path / "a")
     with pytest.raises(ValueError, match=r"misshapen blocks/mlp/up/bias: \(3, 80\), expected \(2"):

@@ -129,6 +129,8 @@ def test_the_hub_is_asked_for_safetensors_only(tmp_path, monkeypatch):
         stem = f"{folder}diffusion_pytorch_model"
         repository += [f"{folder}config.json", f"{stem}.bin", f"{stem}.safetensors"]
         repository += [f"{stem}-00001-of-00002.safetensors", f"{stem}.safetensors.index.json"]
+    repository += ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    repository += ["model.safetensors.index.json", "preprocessor_config.json"]
     wanted = []
 
     def snapshot(hub_id, *, revision, allow_patterns):

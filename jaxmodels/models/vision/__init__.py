@@ -1,0 +1,1 @@
+"""Backbones and segmenters: images to logits, and named feature maps for other networks."""
