@@ -2,7 +2,7 @@
 
 Paper    Liu et al. 2022, "Swin Transformer V2: Scaling Up Capacity and Resolution"
          (arXiv:2111.09883): sections 3.2 and 3.3, the sizes of section 4.1.
-Differs  Images of any size, as `swin.py`. Windows are those of `image_size`: no
+Differs  Images of any size and initial weights, as `swin.py`. Windows are those of `image_size`: no
          larger than its maps, and not shifted where one window covers a map.
          The extra norms of the largest networks are left out, as in transformers.
 Weights  transformers' `swinv2` (Swinv2Model, Swinv2ForImageClassification), both
@@ -30,7 +30,6 @@ from jaxmodels.models.vision.swin import (
 from jaxmodels.ops.shifted_windows import map_windows, relative_places
 from jaxmodels.registry import register_model
 
-_INIT = nn.initializers.truncated_normal(0.02)
 # Logits are cosines over a temperature of at least 0.01 (section 3.2).
 _LARGEST_SCALE = math.log(100.0)
 # The bias of a pair of pixels is 16 sigmoid(table), as published.
@@ -75,7 +74,7 @@ class CosineWindowAttention(nn.Module):
         """Mixes the pixels of each window; `mask` is true where one may see another."""
         width = x.shape[-1]
         q, k, v = (
-            Linear(width, name != "k", dtype=self.dtype, kernel_init=_INIT, name=name)(x).reshape(
+            Linear(width, name != "k", dtype=self.dtype, name=name)(x).reshape(
                 *x.shape[:-1], self.num_heads, width // self.num_heads
             )
             for name in "qkv"
@@ -86,12 +85,12 @@ class CosineWindowAttention(nn.Module):
         q, k = _unit(q) * scale[None, None, None], _unit(k)
         q, k = q.astype(self.dtype), k.astype(self.dtype)
         out = attend_in_windows(q, k, v, self._position_bias(), mask)
-        return Linear(width, dtype=self.dtype, kernel_init=_INIT, name="out")(out)
+        return Linear(width, dtype=self.dtype, name="out")(out)
 
     def _position_bias(self) -> Float[Array, "H T T"]:
         offsets = jnp.asarray(log_offsets(self.window, self.trained_window))
-        h = nn.relu(Linear(512, kernel_init=_INIT, name="position_up")(offsets))
-        table = Linear(self.num_heads, use_bias=False, kernel_init=_INIT, name="position_down")(h)
+        h = nn.relu(Linear(512, name="position_up")(offsets))
+        table = Linear(self.num_heads, use_bias=False, name="position_down")(h)
         bias = table[relative_places(self.window)]
         return jnp.moveaxis(_BIAS_RANGE * nn.sigmoid(bias), -1, 0)
 
@@ -127,7 +126,7 @@ class SwinV2Block(nn.Module):
         h = map_windows(attention, x, self.window, self.shift)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="attention_norm")(h)
         x = x + DropPath()(h, self.drop_path, train=train)
-        mlp = FeedForward(self.hidden_width, kernel_init=_INIT, dtype=self.dtype, name="mlp")
+        mlp = FeedForward(self.hidden_width, dtype=self.dtype, name="mlp")
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")(mlp(x))
         return x + DropPath()(h, self.drop_path, train=train)
 
@@ -144,9 +143,7 @@ class PatchMergingV2(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B V U 2*C"]:
         """Returns the smaller map; odd sides are padded with zeros."""
-        h = Linear(
-            2 * x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="reduce"
-        )(neighbours(x))
+        h = Linear(2 * x.shape[-1], use_bias=False, dtype=self.dtype, name="reduce")(neighbours(x))
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(h)
 
 
