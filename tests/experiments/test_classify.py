@@ -27,7 +27,7 @@ def result_of(folder):
 
 
 def test_learns_digits(launch, tmp_path):
-    flags = ("--steps", 60, "--warmup", 5, "--augment", "affine", "--ema", 0.5)
+    flags = ("--steps", 120, "--learning-rate", 5e-3, "--augment", "affine", "--ema", 0.5)
     fields = ("depths=(1,1)", "widths=(16,32)", "stem_width=16")
     finish(launch(NAME, *flags, "--fields", *fields, "--folder", "run", cwd=tmp_path))
     measured = result_of(tmp_path / "run")["measured"]
