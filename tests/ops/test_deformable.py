@@ -132,6 +132,19 @@ def test_without_offsets_it_is_a_convolution_and_vmaps():
     np.testing.assert_allclose(mapped, found, rtol=1e-5, atol=1e-5)
 
 
+def test_half_precision_keeps_the_points():
+    """bfloat16 rounds 200.75 to 201, and 259 to 260: neither offsets nor places may be in it."""
+    x = jnp.sin(jnp.arange(320.0)).reshape(1, 1, 320, 1).astype(jnp.bfloat16)
+    kernel, offsets = jnp.ones((1, 1, 1, 1), jnp.bfloat16), jnp.zeros((1, 1, 320, 1, 1, 1, 2))
+    offsets = offsets.at[0, 0, 0, ..., 1].set(200.75).at[0, 0, 259, ..., 1].set(0.25)
+    out = deformable_convolution(x, kernel, offsets)
+    assert out.dtype == jnp.bfloat16
+    places = np.array([200.75, 259.25])
+    expected = np.interp(places, np.arange(320), np.sin(np.arange(320)))
+    found = out[0, 0, jnp.array([0, 259]), 0].astype(jnp.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
 def test_offsets_of_torchvision_need_only_a_reshape():
     """Channel 2 (g KY KX + i KX + j) holds dy and the next dx, as its documentation says."""
     groups, ky, kx = 3, 2, 5

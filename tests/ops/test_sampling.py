@@ -113,6 +113,24 @@ def test_any_shape_of_points_and_vmap():
             np.testing.assert_allclose(found[i], expected, **EXACT)
 
 
+def test_a_scale_is_a_product_with_the_result():
+    x, grid, cotangent = map(jnp.asarray, draw(5, 13))
+    points, scale = 4 * grid, jax.random.normal(jax.random.key(0), (2, 7, 11))
+
+    def inside(x, points, scale):
+        return jnp.sum(cotangent * bilinear_sample(x, points, scale=scale))
+
+    def outside(x, points, scale):
+        return jnp.sum(cotangent * bilinear_sample(x, points) * scale[..., None])
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(x, points, scale)
+        for f in (inside, outside)
+    )
+    for ours_, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours_, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision_keeps_the_coordinates():
     """In bfloat16, 200.75 is 201; the coordinates must not be."""
     x = jnp.arange(256.0).reshape(1, 1, 256, 1).astype(jnp.bfloat16)
@@ -134,5 +152,7 @@ def test_bad_input():
         bilinear_sample(x, points)
     with pytest.raises(ValueError, match="has no pixels"):
         bilinear_sample(jnp.zeros((1, 0, 7, 3)), points)
+    with pytest.raises(ValueError, match=r"bilinear_sample: scale .* one for each point"):
+        bilinear_sample(x[:1], points, scale=jnp.ones((4,)))
     with pytest.raises(ValueError, match=r"unknown padding_mode 'wrap'; pass one of .*'border'"):
         bilinear_sample(x[:1], points, padding_mode="wrap")

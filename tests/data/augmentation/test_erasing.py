@@ -52,6 +52,8 @@ def test_erasing_has_the_papers_distribution():
     share, ratio = height * width / (Y * X), height / width
     assert 0.09 < share.min() < 0.13 and 0.3 < share.max() < 0.37
     assert 0.45 < ratio.min() < 0.7 < 1.6 < ratio.max() < 2.25
+    assert top.min() == left.min() == 0
+    assert (top + height).max() == Y and (left + width).max() == X
     # Algorithm 1, taken literally.
     rng, found = np.random.default_rng(0), []
     while len(found) < 4000:
@@ -109,6 +111,13 @@ def test_random_fillings():
     assert len(colours) == B and all(len(c) == 3 and np.abs(c).max() <= 1 for c in colours)
 
 
+def test_colours_are_of_all_hues_and_levels():
+    out = random_erasing(BATCH, jax.random.key(0), fill="colour", probability=1.0)["image"]
+    colours = np.stack([image[image[..., 0] != 7][0] for image in np.asarray(out)])
+    assert np.all(np.abs(colours.mean(axis=0)) < 0.15) and np.all(colours.std(axis=0) > 0.5)
+    assert np.all(np.abs(np.corrcoef(colours.T) - np.eye(3)) < 0.25)
+
+
 def test_cutout_is_a_square_around_any_pixel_that_may_stick_out():
     changed = hidden(cutout, size=0.35)  # 11 pixels
     places = np.array([rectangle(c) for c in changed])
@@ -116,6 +125,10 @@ def test_cutout_is_a_square_around_any_pixel_that_may_stick_out():
     expected = (Y - 10) / Y * (X - 10) / X
     assert abs(inside.mean() - expected) < 0.1 and places[:, 2:].max() == 11
     assert places[:, 2:].min(axis=0).tolist() == [6, 6]
+    # All four edges cut squares, down to the half with the centre.
+    for axis, size in enumerate((Y, X)):
+        start, length = places[:, axis], places[:, axis + 2]
+        assert length[start == 0].min() == length[start + length == size].min() == 6
     # Every pixel is the centre equally often.
     full = places[:, 2] == 11
     assert np.ptp(places[full, 0]) == Y - 11

@@ -128,6 +128,24 @@ def test_crops_are_those_torch_scales():
     np.testing.assert_allclose(out["boxes"], full)
 
 
+def test_crops_are_anywhere_inside_and_as_often_wide_as_high():
+    """Each pixel says where it came from, so the corners tell the rectangle."""
+    side = 20
+    y, x = np.mgrid[:side, :side] + 0.5
+    places = jnp.asarray(np.tile(np.stack([x, y, 0 * x], -1)[None], (500, 1, 1, 1)), jnp.float32)
+    options = {"area": (0.6, 0.6), "aspect": (0.4, 2.5)}
+    out = np.asarray(resized_crop({"image": places}, jax.random.key(0), **options)["image"])
+    low, high = np.round(out[:, 0, 0, :2] - 0.5), np.round(out[:, -1, -1, :2] + 0.5)
+    size = high - low
+    # The same share whatever fits: a draw that does not is drawn again, not cut down.
+    np.testing.assert_allclose(size.prod(axis=1) / side**2, 0.6, atol=0.045)
+    assert abs(np.mean(size[:, 0] > size[:, 1]) - np.mean(size[:, 0] < size[:, 1])) < 0.15
+    room = side - size
+    for edge in (low, room - low):
+        touches = np.mean(edge[room > 0] == 0)
+        assert abs(touches - np.mean(1 / (room[room > 0] + 1))) < 0.06
+
+
 @pytest.mark.parametrize(("height", "width"), [(6, 60), (60, 6)])
 def test_a_crop_that_never_fits_is_cut_to_the_image(height, width):
     batch = {"image": jnp.ones((3, height, width, 1))}
@@ -172,6 +190,26 @@ def test_affine_maps_are_those_of_scipy():
         assert abs(slope) <= np.tan(np.deg2rad(20)) + 1e-4
         centre = np.linalg.inv(inverse) @ (np.array([X, Y]) / 2 - offset)
         assert np.all(np.abs(centre / [X, Y] - 0.5) <= 0.2)
+
+
+def test_affine_draws_fill_their_ranges():
+    """Angle, slope, factor and both shifts are read off where three points land."""
+    points = np.array([[12, 10], [15, 10], [12, 13]], np.float32)
+    boxes = np.tile(np.concatenate([points, points], -1)[None], (400, 1, 1))
+    batch = {"image": jnp.zeros((400, Y, X, 1)), "boxes": jnp.asarray(boxes)}
+    options = {"rotation": 40.0, "translation": 0.2, "scale": (0.7, 1.3), "shear": 20.0}
+    moved = np.asarray(affine(batch, jax.random.key(0), **options)["boxes"], np.float64)[..., :2]
+    linear = np.stack([moved[:, 1] - moved[:, 0], moved[:, 2] - moved[:, 0]], axis=2) / 3
+    factor = np.sqrt(np.linalg.det(linear))
+    first = linear[:, :, 0] / factor[:, None]
+    slope = np.einsum("bi,bi->b", first, linear[:, :, 1] / factor[:, None])
+    centre = np.array([X, Y]) / 2
+    landed = moved[:, 0] + np.einsum("bij,j->bi", linear, centre - points[0])
+    drawn = [np.rad2deg(np.arctan2(first[:, 1], first[:, 0])) / 40, (factor - 1) / 0.3]
+    drawn += [np.rad2deg(np.arctan(slope)) / 20, *(landed / [X, Y] - 0.5).T / 0.2]
+    assert np.all(np.abs(np.mean(drawn, axis=1)) < 0.1)  # each is uniform from -1 to 1
+    np.testing.assert_allclose(np.std(drawn, axis=1), np.sqrt(1 / 3), atol=0.05)
+    assert np.all(np.abs(np.corrcoef(drawn) - np.eye(5)) < 0.2)
 
 
 def test_no_change_and_half_the_size():

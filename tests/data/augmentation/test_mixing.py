@@ -60,6 +60,37 @@ def test_cutmix_pastes_one_rectangle_and_the_mask_follows():
     assert cut > B / 2
 
 
+def test_cutmix_rectangles_are_the_papers():
+    """Shares and places against the definition drawn in NumPy; a pixel's rounding apart."""
+    size, rng = np.array([13, 17]), np.random.default_rng(0)
+    mask = jnp.broadcast_to(jnp.arange(B)[:, None, None], (B, *size))
+    shown = [
+        cutmix({"image": BATCH["image"], "mask": mask}, jax.random.key(seed))["mask"]
+        for seed in range(3)
+    ]
+    pasted = np.concatenate([np.asarray(classes) != mask for classes in shown])
+    half = np.sqrt(rng.uniform(size=(20000, 1))) * size / 2
+    centre = rng.uniform(0, size, size=(20000, 2))
+    edges = [np.clip(edge, 0, size) for edge in (centre - half, centre + half)]
+    want = np.prod((edges[1] - edges[0]) / size, axis=1)
+    assert abs(pasted.mean() - want.mean()) < 0.04
+    assert abs(pasted.mean(axis=(1, 2)).std() - want.std()) < 0.03
+    for axes in ((0, 1), (0, 2)):
+        line = pasted.mean(axis=axes)
+        np.testing.assert_allclose(line, line[::-1], atol=0.12)
+
+
+def test_another_key_chooses_other_partners():
+    partners = []
+    for seed in (0, 1):
+        labels = np.array(mixup(BATCH, jax.random.key(seed), alpha=4.0, num_classes=B)["label"])
+        np.fill_diagonal(labels, 0)
+        partners.append(labels.argmax(axis=1))
+    assert np.mean(partners[0] == partners[1]) < 0.05
+    assert sorted(set(partners[0]) | {0}) != partners[0].tolist()
+    assert len(set(partners[0])) > 0.95 * B  # each image is once a partner
+
+
 def test_masks_alone_need_no_label():
     out = cutmix({"image": BATCH["image"], "mask": jnp.zeros((B, 13, 17), int)}, jax.random.key(0))
     assert set(out) == {"image", "mask"}
