@@ -157,19 +157,29 @@ def measure(title: str, shapes, passes, contenders, config: Config) -> None:
     print_ratios(f"{title}, float32; the better torch layout counts", results, ours="jaxmodels")
 
 
-def main(config: Config) -> None:
-    depthwise = [(b, s, c, c, k, 1, c) for b, s, c, k in config.depthwise]
-    plain = [(*shape, 1) for shape in config.plain]
-    ours_and_torch = {
-        "jaxmodels": jaxmodels,
-        "torch NCHW": torch_channels_first,
-        "torch NHWC": torch_channels_last,
-    }
-    everyone = ours_and_torch | {"lax.conv": lax_conv}
-    measure("Depthwise, forward", depthwise, [False], everyone, config)
+OURS_AND_TORCH = {
+    "jaxmodels": jaxmodels,
+    "torch NCHW": torch_channels_first,
+    "torch NHWC": torch_channels_last,
+}
+EVERYONE = OURS_AND_TORCH | {"lax.conv": lax_conv}
+
+
+def measure_depthwise(config: Config) -> None:
+    shapes = [(b, s, c, c, k, 1, c) for b, s, c, k in config.depthwise]
+    measure("Depthwise, forward", shapes, [False], EVERYONE, config)
     # A step of XLA's own takes seconds here.
-    measure("Depthwise, with gradients", depthwise, [True], ours_and_torch, config)
-    measure("Convolution", plain, [False, True], everyone, config)
+    measure("Depthwise, with gradients", shapes, [True], OURS_AND_TORCH, config)
+
+
+def measure_plain(config: Config) -> None:
+    shapes = [(*shape, 1) for shape in config.plain]
+    measure("Convolution", shapes, [False, True], EVERYONE, config)
+
+
+def main(config: Config) -> None:
+    measure_depthwise(config)
+    measure_plain(config)
 
 
 if __name__ == "__main__":

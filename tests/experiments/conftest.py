@@ -1,6 +1,7 @@
 """Experiments run as a user runs them: as processes, in a folder of their own."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,21 @@ def launch(tmp_path_factory):
         )
 
     return start
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process; returns the one line that it refuses its arguments with."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(EXPERIMENTS / name), run_name="__main__")
+        assert stopped.value.code == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith(name) and len(errors.splitlines()) == 1
+        return errors
+
+    return run

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +41,5 @@ def test_radius_is_that_of_a_known_field():
         (("--shift", "0"), "shift=0.0 must be above 0"),
     ],
 )
-def test_bad_input_is_one_message(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [NAME, *flags])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stopped.value.code == 1
-    errors = capsys.readouterr().err
-    assert message in errors and errors.startswith(NAME) and len(errors.splitlines()) == 1
+def test_bad_input_is_one_message(flags, message, refused):
+    assert message in refused(NAME, *flags)

@@ -3,19 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
-from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmodels.layers.linear import Linear
-
-
-def exact_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """x Phi(x) = 0.5 x (1 + erf(x / sqrt(2))), twice as fast on CPU as `jax.nn.gelu`.
-
-    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    (arXiv:1606.08415).
-    """
-    return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
+from jaxmodels.ops.activations import gelu
 
 
 class FeedForward(nn.Module):
@@ -45,5 +36,5 @@ class FeedForward(nn.Module):
             gate, h = jnp.split(project(2 * self.hidden_width, "up", x), 2, axis=-1)
             h = nn.silu(gate) * h
         else:
-            h = exact_gelu(project(self.hidden_width, "up", x))
+            h = gelu(project(self.hidden_width, "up", x))
         return project(x.shape[-1], "down", h)

@@ -23,6 +23,7 @@ from jaxmodels.layers.convolution import Conv
 from jaxmodels.layers.linear import Linear
 from jaxmodels.layers.normalization import batch_norm
 from jaxmodels.models.vision.checks import require_images
+from jaxmodels.ops.pooling import max_pool
 from jaxmodels.registry import register_model
 
 _HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -215,7 +216,7 @@ class ResNet(nn.Module):
         require_images("ResNet", images, self.in_channels, 1)
         x = self.stem_conv(images.astype(self.dtype), train=train)
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, stride=2, padding=1)
         maps = {}
         for i, stage in enumerate(self.stages):
             for block in stage:
