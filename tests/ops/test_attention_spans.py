@@ -4,13 +4,14 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 
 from jaxmodels.ops import attention_spans
 
 sides = st.none() | st.integers(0, 40)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(-20, 20), st.tuples(sides, sides))
 @example(90, 90, 0, (5, 2))
 @example(37, 90, 20, (0, 0))
