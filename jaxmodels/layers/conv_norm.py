@@ -1,10 +1,10 @@
-"""Convolution, norm and activation: the unit that segmenters are built of."""
+"""Convolution, norm and activation: the unit that convolutional networks are built of."""
 
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from jaxmodels.layers.convolution import Conv
@@ -13,41 +13,49 @@ from jaxmodels.ops.windows import Pair
 
 
 class ConvNorm(nn.Module):
-    """A convolution that keeps the size, batch norm, and an activation.
+    """A convolution that keeps the size over its stride, batch norm, and an activation.
 
     Attributes:
       features: channels of the output.
       kernel_size: one value or (y, x).
+      stride: one value or (y, x).
       dilation: one value or (y, x).
       groups: that see only their own channels.
       norm: "batch", "frozen", or None for a bias instead.
-      activation: applied last.
+      activation: applied last; None is none.
+      kernel_init: of the convolution.
+      scale_init: of the norm's scale.
       dtype: of the computation; parameters are float32.
     """
 
     features: int
     kernel_size: Pair
+    stride: Pair = 1
     dilation: Pair = 1
     groups: int = 1
     norm: str | None = "batch"
-    activation: Callable = nn.relu
+    activation: Callable | None = nn.relu
+    kernel_init: Initializer = nn.initializers.he_normal()
+    scale_init: Initializer = nn.initializers.ones
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"], *, train: bool) -> Float[Array, "B Y X F"]:
+    def __call__(self, x: Float[Array, "B Y X C"], *, train: bool) -> Float[Array, "B V U F"]:
         """Returns images of `features` channels; raises ValueError as `Conv`."""
         x = Conv(
             self.features,
             self.kernel_size,
+            stride=self.stride,
             dilation=self.dilation,
             groups=self.groups,
             use_bias=self.norm is None,
+            kernel_init=self.kernel_init,
             dtype=self.dtype,
             name="conv",
         )(x)
         if self.norm is not None:
-            x = batch_norm(self.norm, train, self.dtype, name="norm")(x)
-        return self.activation(x)
+            x = batch_norm(self.norm, train, self.dtype, "norm", scale_init=self.scale_init)(x)
+        return x if self.activation is None else self.activation(x)
 
 
 class SeparableConvNorm(nn.Module):

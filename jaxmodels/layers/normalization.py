@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -56,7 +56,12 @@ class FrozenBatchNorm(nn.Module):
 
 
 def batch_norm(
-    norm: str, train: bool | None = None, dtype: Dtype = jnp.float32, name: str | None = None
+    norm: str,
+    train: bool | None = None,
+    dtype: Dtype = jnp.float32,
+    name: str | None = None,
+    *,
+    scale_init: Initializer = nn.initializers.ones,
 ) -> nn.Module:
     """Makes the batch norm that a model's field `norm` names.
 
@@ -67,6 +72,7 @@ def batch_norm(
         leaves it to the call (`use_running_average=not train`), for `setup`.
       dtype: of the output; statistics are computed in float32.
       name: of the module; None inside `setup`.
+      scale_init: of the scale; a frozen one starts at one.
 
     Returns:
       A linen module.
@@ -77,7 +83,12 @@ def batch_norm(
     if norm == "batch":
         average = None if train is None else not train
         return nn.BatchNorm(
-            use_running_average=average, momentum=0.9, epsilon=_EPSILON, dtype=dtype, name=name
+            use_running_average=average,
+            momentum=0.9,
+            epsilon=_EPSILON,
+            dtype=dtype,
+            scale_init=scale_init,
+            name=name,
         )
     if norm == "frozen":
         return FrozenBatchNorm(dtype=dtype, name=name)

@@ -86,7 +86,10 @@ def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def quick_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """x sigmoid(1.702 x), the GELU of CLIP; Hendrycks and Gimpel 2016, section 2."""
+    """x sigmoid(1.702 x), the GELU of CLIP.
+
+    Source: Hendrycks and Gimpel 2016, section 2 (arXiv:1606.08415).
+    """
     return swish(x, 1.702)
 
 
@@ -100,7 +103,10 @@ def swish(x: Float[Array, "*B"], beta: float | Float[Array, ""] = 1.0) -> Float[
 
 
 def squared_relu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """max(0, x)^2; So et al. 2021, "Primer", section 4 (arXiv:2109.08668)."""
+    """max(0, x)^2.
+
+    Source: So et al. 2021, "Primer", section 4 (arXiv:2109.08668).
+    """
     return jnp.square(jax.nn.relu(x))
 
 

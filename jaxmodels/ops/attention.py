@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmodels.ops.attention_blocked import blocked_attention
 from jaxmodels.ops.attention_fused import KERNELS
 from jaxmodels.ops.attention_naive import naive_attention
+from jaxmodels.ops.platform import platform
 
 
 def dot_product_attention(
@@ -154,26 +155,23 @@ def _flat_ids(segment_ids, queries: tuple[int, ...], keys: tuple[int, ...]):
 
 
 def _platform() -> str:
-    """Where the computation is going to run, as far as JAX says while tracing."""
-    device = jax.config.jax_default_device
-    if device is None:
-        device = jax.devices()[0]
-    platform = device if isinstance(device, str) else device.platform
-    if platform == "gpu":
-        return "cuda" if "cuda" in jax.devices()[0].client.platform_version else "rocm"
-    return platform
+    """As `ops.platform.platform`, with the two kinds of GPU told apart."""
+    name = platform()
+    if name != "gpu":
+        return name
+    return "cuda" if "cuda" in jax.devices()[0].client.platform_version else "rocm"
 
 
-def _choose(implementation: str, platform: str, arguments, options):
+def _choose(implementation: str, where: str, arguments, options):
     if implementation == "naive":
         return naive_attention
-    if implementation == "blocked" or (implementation == "auto" and platform == "cpu"):
+    if implementation == "blocked" or (implementation == "auto" and where == "cpu"):
         return blocked_attention
     if implementation not in ("auto", "fused"):
         _fail(f'implementation={implementation!r} is none of "auto", "naive", "blocked", "fused"')
-    kernel = KERNELS.get(platform)
+    kernel = KERNELS.get(where)
     if kernel is None:
-        refusal = f"{platform} has no fused kernel"
+        refusal = f"{where} has no fused kernel"
     else:
         refusal = kernel.refusal(*arguments, **options)
     if refusal is None:

@@ -44,9 +44,8 @@ def make_step(
         `(1 + n) / (10 + n)`, or the average would remember the initial values.
 
     Returns:
-      The step. It donates `state`. Metrics are those of `loss_fn`, `loss`,
-      `grad_norm` before clipping, and `first_nonfinite`: the index of the first
-      gradient (in tree order) that is not finite, or -1.
+      The step, which donates `state`. Metrics: `loss_fn`'s, `loss`, `grad_norm` before
+      clipping, `first_nonfinite` (index of the first gradient that is not, or -1).
 
     Raises:
       ValueError: unknown precision, `accumulate` below 1 or not dividing the

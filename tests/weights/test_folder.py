@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_old_folder_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
 def test_pickles_are_refused_with_a_remedy(tmp_path, suffix):
     pickled = tmp_path / f"model{suffix}"
-    pickled.write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    pickled.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is a pickle.*convert it to safetensors"):
         find_folder(pickled)

@@ -14,59 +14,21 @@ Weights  transformers' `resnet` (ResNetModel, ResNetForImageClassification), bot
          ways, by `jaxmodels.load_pretrained` and `jaxmodels.save_pretrained`.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from jaxmodels.layers.convolution import Conv
+from jaxmodels.layers.conv_norm import ConvNorm
 from jaxmodels.layers.linear import Linear
-from jaxmodels.layers.normalization import batch_norm
 from jaxmodels.models.vision.checks import require_images
 from jaxmodels.ops.pooling import max_pool
 from jaxmodels.registry import register_model
 
-_HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class ConvNorm(nn.Module):
-    """A convolution without bias, its batch norm, and a ReLU if `activate`.
-
-    Attributes:
-      features: channels of the output.
-      kernel_size, stride, dilation: of the convolution.
-      norm: "batch" or "frozen".
-      activate: adds the ReLU.
-      zero: starts the norm's scale at zero.
-      dtype: of the computation.
-    """
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    dilation: int = 1
-    norm: str = "batch"
-    activate: bool = True
-    zero: bool = False
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B Y X C"], *, train: bool) -> Float[Array, "B V U F"]:
-        """Returns images of `features` channels."""
-        conv = Conv(
-            self.features,
-            self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            use_bias=False,
-            kernel_init=_HE,
-            dtype=self.dtype,
-            name="conv",
-        )
-        start = {"scale_init": nn.initializers.zeros} if self.zero and self.norm == "batch" else {}
-        norm = batch_norm(self.norm, train, self.dtype).clone(parent=self, name="norm", **start)
-        x = norm(conv(x))
-        return nn.relu(x) if self.activate else x
+# The published deviation, whatever the next layer reads.
+_unit = partial(ConvNorm, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
 
 class ResidualBlock(nn.Module):
@@ -96,9 +58,9 @@ class ResidualBlock(nn.Module):
         """Returns images of `features` channels, smaller by the stride."""
 
         def unit(features: int, size: int, name: str, **options) -> ConvNorm:
-            return ConvNorm(features, size, norm=self.norm, dtype=self.dtype, name=name, **options)
+            return _unit(features, size, norm=self.norm, dtype=self.dtype, name=name, **options)
 
-        last = {"activate": False, "zero": True}
+        last = {"activation": None, "scale_init": nn.initializers.zeros}
         if self.bottleneck:
             narrow = self.features // 4
             early, late = (self.stride, 1) if self.stride_on == "1x1" else (1, self.stride)
@@ -114,7 +76,7 @@ class ResidualBlock(nn.Module):
             ]
         shortcut = x
         if self.project:
-            project = unit(self.features, 1, "shortcut", stride=self.stride, activate=False)
+            project = unit(self.features, 1, "shortcut", stride=self.stride, activation=None)
             shortcut = project(x, train=train)
         for layer in units:
             x = layer(x, train=train)
@@ -156,7 +118,7 @@ class ResNet(nn.Module):
         """The parts, in the order of table 1."""
         self._check()
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        self.stem_conv = ConvNorm(self.stem_width, size, stride, norm=self.norm, dtype=self.dtype)
+        self.stem_conv = _unit(self.stem_width, size, stride, norm=self.norm, dtype=self.dtype)
         self.stages = [self._stage(i) for i in range(len(self.depths))]
         if self.num_classes:
             self.head = Linear(
