@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 # Okabe and Ito's palette: told apart by all common kinds of colour vision.
@@ -156,6 +157,78 @@ def curve(
         beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
         place = beside if len(lines) > len(PALETTE) else {}
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)
+
+
+def precision_recall(
+    axes: Axes,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    title: str | None = None,
+) -> None:
+    """Draws how precision falls as recall rises, on axes from 0 to 1.
+
+    Args:
+      axes: keeps what is drawn in it already.
+      curves: name to (recall, precision), from `CocoScores.curve` or `VocScores.curves`;
+        a legend as in `curve`. Classes without objects have no curve; leave them out.
+      title: above the curves.
+
+    Raises:
+      ValueError: as `curve`; or values outside [0, 1], NaN among them.
+    """
+    for name, line in curves.items():
+        for what, values in zip(("recall", "precision"), map(np.asarray, line), strict=True):
+            if not np.all((values >= 0) & (values <= 1)):
+                raise ValueError(
+                    f"precision_recall: {what} of {name!r} is not in [0, 1] everywhere; leave out "
+                    "classes without objects"
+                )
+    curve(axes, curves, "recall", "precision", title=title)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(AutoLocator())
+
+
+def boxes_on_images(
+    axes: Axes,
+    images: Float[Pixels, "N Y X C"],
+    boxes: Sequence[Float[np.ndarray, "_ 4"]],
+    names: Sequence[Sequence[str]],
+    title: str | None = None,
+) -> None:
+    """Draws pictures in two rows and named boxes on them; a name has one colour everywhere.
+
+    Args:
+      axes: is cleared of ticks and frame.
+      images: values in [-1, 1], clipped beyond; one channel is grey, three are colour.
+      boxes: of each picture, xyxy in pixels.
+      names: of each box.
+      title: above the pictures.
+
+    Raises:
+      ValueError: as `image_grid`, or boxes or names of another number than pictures or boxes.
+    """
+    images = np.asarray(images, np.float32)
+    if not len(images) == len(boxes) == len(names) or any(
+        len(some) != len(said) for some, said in zip(boxes, names, strict=True)
+    ):
+        raise ValueError(
+            f"boxes_on_images: {len(images)} images, boxes of {[*map(len, boxes)]} and names of "
+            f"{[*map(len, names)]}; give each image its boxes and each box a name"
+        )
+    columns = -(-len(images) // 2)
+    blank = np.ones((2 * columns - len(images), *images.shape[1:]), np.float32)
+    grid = np.concatenate([images, blank]).reshape(2, columns, *images.shape[1:])
+    _show(axes, _tile(_checked_images("boxes_on_images", grid)))
+    known = sorted({name for said in names for name in said})
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(known)}
+    height, width = (side + _gap(side) for side in images.shape[1:3])
+    for i, (some, said) in enumerate(zip(boxes, names, strict=True)):
+        row, column = divmod(i, columns)
+        for (left, top, right, bottom), name in zip(some, said, strict=True):
+            corner = (left + column * width - 0.5, top + row * height - 0.5)
+            style = {"fill": False, "edgecolor": colors[name], "linewidth": 1.2}
+            axes.add_patch(Rectangle(corner, right - left, bottom - top, **style))
+            axes.text(*corner, name, color=colors[name], fontsize=7, va="bottom")
+    _set_title(axes, title)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

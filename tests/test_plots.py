@@ -114,6 +114,20 @@ def test_curve_on_logarithmic_axes_labels_its_points(axes):
     assert axes.get_legend() is None
 
 
+def test_precision_recall_is_drawn_on_whole_axes(axes):
+    curves = {"cat": ([0.5, 0.5, 1], [1, 0.5, 0.6]), "dog": (np.linspace(0, 1, 101), np.ones(101))}
+    plots.precision_recall(axes, curves, title="VOC")
+    cat, dog = axes.get_lines()
+    np.testing.assert_array_equal(cat.get_xydata(), [[0.5, 1], [0.5, 0.5], [1, 0.6]])
+    assert len(dog.get_xydata()) == 101 and axes.get_xlim() == (0, 1) and axes.get_ylim()[0] == 0
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("recall", "precision")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["cat", "dog"]
+    assert axes.get_title(loc="left") == "VOC"
+    # Points at 0 and 1 alone would else leave an axis of whole numbers.
+    plots.precision_recall(axes, {"all": ([0, 1], [1, 1])})
+    assert len(axes.get_xticks()) > 3
+
+
 def test_save_figure_writes_a_png_and_nothing_else(axes, tmp_path):
     plots.image_grid(axes, pictures(3, ROWS, COLS))
     path = tmp_path / "figure.png"
@@ -154,6 +168,25 @@ def test_nothing_global_is_touched(axes):
     )
 
 
+def test_boxes_stand_where_their_picture_stands(axes):
+    images = np.zeros((3, 16, 32, 1), np.float32)
+    boxes = [
+        np.zeros((0, 4)),
+        np.array([[3.0, 2, 13, 7]]),
+        np.array([[0.0, 0, 32, 16], [1, 5, 8, 9]]),
+    ]
+    plots.boxes_on_images(axes, images, boxes, [[], ["cat"], ["dog", "cat"]], title="found")
+    # Two columns; gaps of 1 row and 2 columns, and pixels are centred on whole numbers.
+    found = [(*p.get_xy(), p.get_width(), p.get_height()) for p in axes.patches]
+    wanted = [(3 + 34 - 0.5, 1.5, 10, 5), (-0.5, 17 - 0.5, 32, 16), (0.5, 22 - 0.5, 7, 4)]
+    np.testing.assert_allclose(found, wanted)
+    first, whole, other = (patch.get_edgecolor() for patch in axes.patches)
+    assert first == other != whole
+    assert [text.get_text() for text in axes.texts] == ["cat", "dog", "cat"]
+    (picture,) = axes.get_images()
+    assert picture.get_array().shape == (16 + 1 + 16, 32 + 2 + 32)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -184,6 +217,20 @@ def test_nothing_global_is_touched(axes):
         (
             lambda axes: plots.trajectory(axes, np.zeros((3, 2, 7, 5, 1)), np.zeros(2)),
             r"trajectory: times of shape \(2,\) for images of shape \(3, 2, 7, 5, 1\)",
+        ),
+        (
+            lambda axes: plots.boxes_on_images(
+                axes, np.zeros((2, 5, 7, 1)), [np.zeros((1, 4)), np.zeros((2, 4))], [["a"], ["b"]]
+            ),
+            r"boxes_on_images: 2 images, boxes of \[1, 2\] and names of \[1, 1\]",
+        ),
+        (
+            lambda axes: plots.precision_recall(axes, {"cat": ([0, 1], [np.nan, 1])}),
+            r"precision_recall: precision of 'cat' is not in \[0, 1\] everywhere; leave out",
+        ),
+        (
+            lambda axes: plots.precision_recall(axes, {"cat": ([0, 2], [1, 1])}),
+            r"precision_recall: recall of 'cat' is not in \[0, 1\] everywhere; leave out",
         ),
         (lambda axes: plots.curve(axes, {}, "x", "y"), r"curve: 0 lines; give 1 to 21"),
         (

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -44,7 +45,11 @@ class Pixels(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What `batches` reads from."""
+    """What `batches` reads from.
+
+    If it also has `groups`, a number for each example, no batch mixes two of them: they
+    tell apart examples of different shapes.
+    """
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -157,9 +162,12 @@ def batches(
 
     Each epoch is a new permutation of the data set, of which every process
     reads its own part; what does not fill a batch is dropped, so the shape is
-    static and all processes see equally many batches. The batches depend on
-    `seed` alone, not on `num_workers`. `get_state()` is a small dictionary for
-    JSON; `set_state` of a fresh iterator continues with exactly the next batch.
+    static and all processes see equally many batches. A data set with `groups`
+    is cut into batches group by group, which then come in random order, the
+    same group for all processes; groups that never fill a batch are warned of.
+    The batches depend on `seed` alone, not on `num_workers`. `get_state()` is a
+    small dictionary for JSON; `set_state` of a fresh iterator continues with
+    exactly the next batch.
 
     Args:
       dataset: where the examples come from, an `ImageDataset` for instance.
@@ -193,7 +201,9 @@ def batches(
             f"batches: batch_size={batch_size} is more than the {share} examples that each of "
             f"process_count={process_count} processes reads of {len(dataset)}; pass at most {share}"
         )
-    read = _ReadBatch(dataset, batch_size, seed, shuffle, process_index, process_count)
+    groups = np.asarray(getattr(dataset, "groups", np.zeros(len(dataset), np.int32)))
+    read = _ReadBatch(dataset, groups, batch_size, seed, shuffle, process_index, process_count)
+    _check_groups(read)
     count = sys.maxsize if num_epochs is None else num_epochs * read.batches_per_epoch
     return _BatchIterator(read, count, num_workers)
 
@@ -203,23 +213,39 @@ class _ReadBatch:
     """Batch number -> batch. Whole ones: Grain takes tens of microseconds for every element."""
 
     dataset: Dataset
+    groups: Int[np.ndarray, "N"]
     batch_size: int
     seed: int
     shuffle: bool
     process_index: int
     process_count: int
 
+    @functools.cached_property
+    def batches_per_group(self) -> Int[np.ndarray, "G"]:
+        return np.bincount(self.groups) // self.process_count // self.batch_size
+
     @property
     def batches_per_epoch(self) -> int:
-        return len(self.dataset) // self.process_count // self.batch_size
+        return int(self.batches_per_group.sum())
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(number, self.batches_per_epoch)
+        rng = _generator(self.seed, _DRAWS, number, self.process_index)
+        return self.dataset.batch(self._indices(epoch, place), rng)
+
+    def _indices(self, epoch: int, place: int) -> Int[np.ndarray, "B"]:
         size = len(self.dataset)
         order = _permutation(size, self.seed, epoch) if self.shuffle else np.arange(size)
+        if len(self.batches_per_group) > 1:
+            if self.shuffle:
+                turns = _generator(self.seed, _ORDER, epoch, 0)
+                place = turns.permutation(self.batches_per_epoch)[place]
+            ends = np.cumsum(self.batches_per_group)
+            group = np.searchsorted(ends, place, "right")
+            place -= ends[group] - self.batches_per_group[group]
+            order = order[self.groups[order] == group]
         mine = order[self.process_index :: self.process_count]
-        rng = _generator(self.seed, _DRAWS, number, self.process_index)
-        return self.dataset.batch(mine[place * self.batch_size :][: self.batch_size], rng)
+        return mine[place * self.batch_size :][: self.batch_size]
 
 
 class _BatchIterator(grain.DatasetIterator):
@@ -306,6 +332,21 @@ def _permutation(size: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def _check_groups(read: _ReadBatch) -> None:
+    sizes, counts = np.bincount(read.groups), read.batches_per_group
+    if not counts.any():
+        raise ValueError(
+            f"batches: batch_size={read.batch_size} for process_count={read.process_count} is more "
+            f"than any group of examples holds, at most {sizes.max()}; pass less"
+        )
+    if unread := int(sizes[counts == 0].sum()):
+        warnings.warn(
+            f"batches: {unread} of {len(read.groups)} examples are never read, because their "
+            f"groups do not fill a batch of {read.batch_size}",
+            stacklevel=3,
+        )
 
 
 def _check_range(name: str, value: int, low: int, high: int = sys.maxsize) -> None:

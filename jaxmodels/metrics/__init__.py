@@ -1,6 +1,8 @@
 """Measures of results; they know no model."""
 
 from jaxmodels.metrics.classification import top_k_accuracy
+from jaxmodels.metrics.coco import CocoScores
+from jaxmodels.metrics.detection import DetectionEvaluator
 from jaxmodels.metrics.frechet import frechet_distance
 from jaxmodels.metrics.neighbours import nearest_neighbour_distances
 from jaxmodels.metrics.samples import SampleJudge
@@ -9,10 +11,14 @@ from jaxmodels.metrics.segmentation import (
     confusion_matrix,
     segmentation_scores,
 )
+from jaxmodels.metrics.voc import VocScores
 
 __all__ = [
+    "CocoScores",
+    "DetectionEvaluator",
     "SampleJudge",
     "SegmentationScores",
+    "VocScores",
     "confusion_matrix",
     "frechet_distance",
     "nearest_neighbour_distances",
