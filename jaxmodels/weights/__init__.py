@@ -1,7 +1,8 @@
 """Other people's checkpoints to our parameter trees, and back.
 
 A family is a module with one mapping table, used in both directions, and the
-translation of config.json into the fields of the model; see `family.Family`.
+translation of config.json into the fields of the model; see `family.Family`. What
+comes as a single file without a config.json has functions of its own.
 """
 
 import re
@@ -22,6 +23,13 @@ from jaxmodels.weights.folder import find_folder, open_tensors, read_config, wri
 from jaxmodels.weights.preprocess import Preprocessing, preprocessing_config
 from jaxmodels.weights.preprocess import load_preprocessing as load_preprocessing
 from jaxmodels.weights.table import check_shapes, expected_tensors, export_tensors, import_tensors
+from jaxmodels.weights.torchvision_detection import (
+    load_torchvision_detector as load_torchvision_detector,
+)
+from jaxmodels.weights.torchvision_detection import (
+    save_torchvision_detector as save_torchvision_detector,
+)
+from jaxmodels.weights.torchvision_detection import torchvision_images as torchvision_images
 
 _FAMILIES = (dit.FAMILY, vit.VIT, vit.DINOV2, swin.SWIN, swin.SWIN_V2, resnet.RESNET)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+# Scripts that tests run in this process find their neighbours, as Python lets them otherwise.
+sys.path.append(str(EXPERIMENTS))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Detectors: one paper, one file; all with the two calls of `Detector`."""
