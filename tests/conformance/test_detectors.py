@@ -82,5 +82,5 @@ def test_parameters_are_float32_and_channels_first_is_refused(name):
     model, variables = abstract(name)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     wrong = FLOATS((2, 3, SIDE, SIDE), jnp.float32)
-    with pytest.raises(ValueError, match=r"channels first|\(2, 3, 448, 448\)"):
+    with pytest.raises(ValueError, match="channels first"):
         jax.eval_shape(model.detect, variables, wrong)

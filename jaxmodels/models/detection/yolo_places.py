@@ -173,19 +173,21 @@ def require_levels(
       images: whose sides must be multiples of the largest stride.
 
     Raises:
-      ValueError: the backbone has no such map, or the images have no such sides.
+      ValueError: the backbone has no such map, or the images have no such sides or
+        are not what the backbone takes.
     """
     known = backbone.feature_strides
     if missing := [level for level in levels if level not in known]:
         raise ValueError(f"{model}: the backbone has no map {missing[0]!r}; it has {known}")
     strides = [known[level] for level in levels]
+    # Before the sides, or channels that come first would be taken for rows.
+    require_images(model, images, getattr(backbone, "in_channels", images.shape[-1]), 1)
     require_multiple(model, images, max(strides))
     return strides
 
 
 def require_multiple(model: str, images: Array, stride: int) -> None:
     """Raises ValueError unless the sides of images are multiples of a stride."""
-    require_images(model, images, images.shape[-1], 1)
     if images.shape[1] % stride or images.shape[2] % stride:
         raise ValueError(
             f"{model}: images of {images.shape[1]} x {images.shape[2]} pixels have sides that are "
