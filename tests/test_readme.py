@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_python_examples_run():
-    sampling, backbone, mixing = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    sampling, backbone, detector, mixing = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in sampling.splitlines() if line.strip()]) <= 10
     names = {}
     exec(mixing, names)
@@ -20,6 +20,8 @@ def test_python_examples_run():
     strides = names["model"].feature_strides
     assert strides == {"C2": 4, "C3": 8, "C4": 8, "C5": 8}
     assert {name: -(-65 // m.shape[1]) for name, m in names["maps"].items()} == strides
+    exec(detector, names)
+    assert names["boxes"].shape == (1, 100, 4) and names["valid"].shape == (1, 100)
     exec(sampling, names)
     assert names["images"].shape == (10, 8, 8, 1)
     # A fresh DiT is the zero field, so sampling leaves the noise where it is.

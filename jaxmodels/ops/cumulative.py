@@ -31,6 +31,8 @@ def cumulative(
       axis: which one; not negative.
       initial: what combines to no effect, such as 0 or minus infinity.
       reverse: start from the far end.
+
+    Source: Blelloch 1990, "Prefix Sums and Their Applications" (CMU-CS-90-190).
     """
     if platform() != "cpu" or x.size == 0:
         return lax.associative_scan(combine, x, reverse=reverse, axis=axis)
