@@ -204,8 +204,8 @@ def _greedy(
         best = best_left(left, size)
         block = boxes[best], classes[best]
         kept = _settle(_clash(block, block, threshold), left[best])
-        clashing = silence(block, kept, (boxes, classes), threshold)
-        return left.at[best].set(False) & ~clashing, keep.at[best].max(kept)
+        left = silence(block, kept, (boxes, classes), left.at[best].set(False), threshold)
+        return left, keep.at[best].max(kept)
 
     few = len(scores) // 4 if len(scores) > _MANY else 0
     state = left, jnp.zeros_like(left)
@@ -241,22 +241,24 @@ def _settle(clash: Bool[Array, "N N"], left: Bool[Array, "N"]) -> Bool[Array, "N
     return lax.while_loop(lambda state: jnp.any(state[0] != state[1]), again, start)[0]
 
 
-def _silence_in_turn(block, kept: Bool[Array, "N"], others, threshold: float):
-    """Which of `others` clash with a box of the block that is kept; for CPUs."""
+def _silence_in_turn(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N"], threshold):
+    """Which others are left of those that were, beside the kept of a block; for CPUs."""
     boxes, classes = others
     columns = lax.optimization_barrier(boxes.T)  # coordinates side by side fill vectors
     order = jnp.nonzero(kept, size=len(kept), fill_value=0)[0]
+    block = jax.tree.map(lambda part: part[order], block)
 
-    def silence(n, clashing):
-        one = jax.tree.map(lambda part: part[order[n]][None], block)
-        return clashing | _clash(one, (columns.T, classes), threshold)[0]
+    def silence(n, left):
+        one = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, n, 1), block)
+        return left & ~_clash(one, (columns.T, classes), threshold)[0]
 
-    return lax.fori_loop(0, jnp.sum(kept), silence, jnp.zeros(len(classes), bool))
+    turns = jnp.where(jnp.any(left), jnp.sum(kept), 0)
+    return lax.fori_loop(0, turns, silence, left)
 
 
-def _silence_at_once(block, kept: Bool[Array, "N"], others, threshold: float):
-    """Which of `others` clash with a box of the block that is kept; for accelerators."""
-    return jnp.any(_clash(block, others, threshold) & kept[:, None], axis=0)
+def _silence_at_once(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N"], threshold):
+    """Which others are left of those that were, beside the kept of a block; for accelerators."""
+    return left & ~jnp.any(_clash(block, others, threshold) & kept[:, None], axis=0)
 
 
 def _present(boxes, scores, valid: Bool[Array, "N"] | None) -> Bool[Array, "N"]:
