@@ -138,7 +138,7 @@ def test_trains_at_several_sizes():
     [
         ({}, (1, 32, 36, 3), "YoloV2: images of 32 x 36 pixels have sides that are not multiples"),
         ({"passthrough": "C0"}, (1, 32, 32, 3), "YoloV2: the backbone has no map 'C0'; it has"),
-        ({}, (1, 32, 32, 2), r"Darknet: images of shape \(1, 32, 32, 2\) are not"),
+        ({}, (1, 32, 32, 2), r"YoloV2: images of shape \(1, 32, 32, 2\) are not"),
     ],
 )
 def test_bad_input(fields, shape, message):

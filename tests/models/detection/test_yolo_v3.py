@@ -226,7 +226,7 @@ def test_learns_and_finds():
         ({}, (1, 32, 36, 3), "YoloV3: images of 32 x 36 pixels have sides that are not multiples"),
         ({"levels": ("C3", "P9")}, (1, 32, 32, 3), "YoloV3: the backbone has no map 'P9'; it has"),
         ({"widths": (4,)}, (1, 32, 32, 3), r"YoloV3: .* differ in length: {'levels': 2, .*s': 1}"),
-        ({}, (1, 32, 32, 2), r"Darknet: images of shape \(1, 32, 32, 2\) are not"),
+        ({}, (1, 32, 32, 2), r"YoloV3: images of shape \(1, 32, 32, 2\) are not"),
     ],
 )
 def test_bad_input(fields, shape, message):
