@@ -112,6 +112,11 @@ def require_batch(model: str, batch: Batch) -> None:
             f"{sorted(batch)}; use a data set with boxes"
         )
     count, boxes = len(batch["image"]), batch["boxes"].shape[1]
+    if boxes < 1:
+        raise ValueError(
+            f"{model}: batch['boxes'] {batch['boxes'].shape} has no place for a box; give one, "
+            "with the label -1 where an image holds nothing"
+        )
     wanted = {
         "boxes": ((count, boxes, 4), "(B, N, 4)"),
         "box_labels": ((count, boxes), "(B, N)"),

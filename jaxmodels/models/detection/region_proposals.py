@@ -29,6 +29,7 @@ from jaxmodels.ops.box_coding import decode_deltas, encode_deltas
 from jaxmodels.ops.box_overlaps import pairwise_intersection_over_area, pairwise_iou
 from jaxmodels.ops.box_sampling import sample_balanced
 from jaxmodels.ops.boxes import clip_boxes
+from jaxmodels.ops.detection_losses import smooth_l1
 from jaxmodels.ops.matching import BACKGROUND, IGNORED, match_by_threshold
 from jaxmodels.ops.nms import class_wise_nms
 
@@ -204,7 +205,7 @@ class RegionProposals(nn.Module):
         sampled = found | background
         total = jnp.maximum(sampled.sum(), 1)
         objectness = optax.sigmoid_binary_cross_entropy(logits, found.astype(jnp.float32))
-        distances = smooth_l1(deltas - targets).sum(axis=-1)
+        distances = smooth_l1(deltas - targets, SMOOTH_L1_CORNER).sum(axis=-1)
         return {
             "proposal_objectness": jnp.where(sampled, objectness, 0).sum() / total,
             "proposal_boxes": jnp.where(found, distances, 0).sum() / total,
@@ -254,11 +255,6 @@ def match_regions(
     within = pairwise_intersection_over_area(regions, boxes) > _IGNORED_SHARE
     unclear = (within & ignored[None, :]).any(axis=1)
     return jnp.where((matches == BACKGROUND) & unclear, IGNORED, matches)
-
-
-def smooth_l1(error: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """|e| - c / 2, rounded off to e^2 / (2 c) below the corner c = 1/9."""
-    return optax.huber_loss(error, delta=SMOOTH_L1_CORNER) / SMOOTH_L1_CORNER
 
 
 def _best(logits: Array, deltas: Array, anchors: Array, count: int) -> tuple[Array, Array]:

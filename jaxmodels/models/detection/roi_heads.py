@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxmodels.models.detection.region_proposals import Proposals, match_regions, smooth_l1
+from jaxmodels.models.detection.region_proposals import (
+    SMOOTH_L1_CORNER,
+    Proposals,
+    match_regions,
+)
 from jaxmodels.ops.box_coding import decode_deltas, encode_deltas
 from jaxmodels.ops.box_sampling import hardest, sample_rois
 from jaxmodels.ops.boxes import clip_boxes
+from jaxmodels.ops.detection_losses import smooth_l1
 from jaxmodels.ops.detections import Detections
 from jaxmodels.ops.select_detections import select_detections
 
@@ -143,7 +148,7 @@ def roi_losses(
     logits = logits.astype(jnp.float32)
     classes = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     predicted = _deltas_of_label(deltas.astype(jnp.float32), label, logits.shape[-1])
-    boxes = smooth_l1(predicted - targets.deltas).sum(axis=-1) * (label > 0)
+    boxes = smooth_l1(predicted - targets.deltas, SMOOTH_L1_CORNER).sum(axis=-1) * (label > 0)
     if num_hardest is not None:
         counted = jax.vmap(hardest, (0, None, 0))(classes + boxes, num_hardest, counted)
     total = jnp.maximum(counted.sum(), 1)

@@ -115,6 +115,7 @@ def test_ignored_boxes_are_no_objects_and_padding_is_neither():
     ("change", "message"),
     [
         ({"boxes": None}, r"Brightest: the batch has no 'boxes', only \['box_labels', 'image'\]"),
+        ({"boxes": jnp.zeros((5, 0, 4))}, r"'boxes'\] \(5, 0, 4\) has no place for a box"),
         ({"boxes": jnp.zeros((5, 3, 5))}, r"batch\['boxes'\] \(5, 3, 5\) must be \(B, N, 4\)"),
         ({"box_labels": jnp.zeros((5, 4), int)}, r"'box_labels'\] \(5, 4\) must be \(B, N\)"),
         ({"image_size": jnp.zeros((4, 2))}, r"batch\['image_size'\] \(4, 2\) must be \(B, 2\)"),
