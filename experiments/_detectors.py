@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxmodels import create_model, data, training
 from jaxmodels.metrics import DetectionEvaluator
-from jaxmodels.models.detection.centernet import UpConvolutions
 from jaxmodels.models.detection.detector import Detector
 from jaxmodels.models.detection.faster_rcnn import TwoLayerHead
 from jaxmodels.models.detection.feature_pyramid import FeaturePyramid
@@ -167,8 +166,8 @@ def _fcos(stages, width):
 
 
 def _centernet(stages, width):
-    widths = (3 * width, 2 * width, 2 * width)
-    backbone = UpConvolutions(stages, widths=widths, deformable=False)
+    """On the finest map of a pyramid: up-convolutions from stride 32 lose digits this small."""
+    backbone = _pyramid(stages, width, ("C2", "C3", "C4"))
     return {"backbone": backbone, "head_width": 2 * width}
 
 
