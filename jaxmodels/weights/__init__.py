@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxmodels.registry import module_fields
-from jaxmodels.weights import dit, resnet, swin, vit
+from jaxmodels.weights import dit, gpt2, llama, resnet, swin, vit
 from jaxmodels.weights.family import Family
 from jaxmodels.weights.folder import find_folder, open_tensors, read_config, write_folder
 from jaxmodels.weights.preprocess import Preprocessing, preprocessing_config
@@ -32,6 +32,7 @@ from jaxmodels.weights.torchvision_detection import (
 from jaxmodels.weights.torchvision_detection import torchvision_images as torchvision_images
 
 _FAMILIES = (dit.FAMILY, vit.VIT, vit.DINOV2, swin.SWIN, swin.SWIN_V2, resnet.RESNET)
+_FAMILIES += (gpt2.GPT2_FAMILY, llama.LLAMA, llama.QWEN3)
 
 
 def load_pretrained(
@@ -61,7 +62,11 @@ def load_pretrained(
     config = read_config(folder)
     family = _family_of_config(config, folder)
     with open_tensors(folder) as tensors:
-        tensors = {k: v for k, v in tensors.items() if not re.fullmatch(family.ignored or "", k)}
+        tensors = {
+            family.rename(name): tensor
+            for name, tensor in tensors.items()
+            if not re.fullmatch(family.ignored or "", name)
+        }
         fields = family.from_config(config, tensors.keys())
         _check_overrides(family, fields, overrides)
         model = family.model(**fields)
@@ -121,7 +126,7 @@ def save_pretrained(
       ValueError: the format cannot hold this model, the variables are not its
         own, or path is something other than a model folder.
     """
-    family = _family_of_model(model)
+    family = family_of(model)
     config = family.to_config(model)
     shapes = _shapes(family, model)
     tensors: dict[str, np.ndarray] = family.constants(model)
@@ -158,7 +163,8 @@ def _family_of_config(config: Mapping[str, Any], folder: Path) -> Family:
     )
 
 
-def _family_of_model(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> Family:
+    """The format of a module; ValueError if none holds it."""
     for family in _FAMILIES:
         if isinstance(model, family.model) and family.holds(model):
             return family

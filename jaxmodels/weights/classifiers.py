@@ -1,33 +1,16 @@
-"""What config.json of transformers' image models have in common: sizes, fixed options, a head."""
+"""What config.json of transformers' image models have in common: a head beside the sizes."""
 
-import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
 import flax.linen as nn
 
-REQUIRED = object()
+from jaxmodels.weights import config as base
+from jaxmodels.weights.config import REQUIRED as REQUIRED
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the config.json of one model type relates to the fields of a module.
-
-    Attributes:
-      model_type: of transformers.
-      stem: of the names of its classes, `<stem>Model` and `<stem>ForImageClassification`.
-      fields: name in config.json to our field and its default, or REQUIRED.
-      fixed: options that our module has built in, with the value they must have.
-    """
-
-    model_type: str
-    stem: str
-    fields: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, Any]
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        """Whether config.json is of this model type."""
-        return config.get("model_type") == self.model_type
+class Config(base.Config):
+    """The config.json of an image model, with or without a classifier."""
 
     def read(self, config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
         """Fields of the module.
@@ -39,26 +22,10 @@ class Config:
         Raises:
           ValueError: a size is missing, or something is switched on that the module lacks.
         """
-        faults = [
-            f"{name} is missing"
-            for name, (_, default) in self.fields.items()
-            if default is REQUIRED and name not in config
-        ]
-        faults += [
-            f"{name}={config[name]!r}, only {value!r} is supported"
-            for name, value in self.fixed.items()
-            if config.get(name, value) != value
-        ]
+        faults = self.faults(config)
         classes = self._num_classes(config, names, faults)
-        if faults:
-            raise ValueError(
-                f"load_pretrained: config.json of a {self.model_type}: {'; '.join(faults)}"
-            )
-        fields = {
-            ours: _hashable(config.get(theirs, default))
-            for theirs, (ours, default) in self.fields.items()
-        }
-        return {**fields, "num_classes": classes}
+        self.refuse(faults)
+        return {**self.sizes(config), "num_classes": classes}
 
     def _num_classes(self, config: Mapping[str, Any], names: Set[str], faults: list[str]) -> int:
         model, classifier = f"{self.stem}Model", f"{self.stem}ForImageClassification"
@@ -79,16 +46,10 @@ class Config:
             "label2id": {label: int(i) for i, label in labels.items()},
         }
         return {
-            "model_type": self.model_type,
+            **self.entries(model),
             "architectures": [f"{self.stem}{'ForImageClassification' if classes else 'Model'}"],
-            **{theirs: getattr(model, ours) for theirs, (ours, _) in self.fields.items()},
-            **self.fixed,
             **(head if classes else {}),
         }
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def require_fields(name: str, model: nn.Module, **expected: Any) -> None:

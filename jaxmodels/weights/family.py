@@ -31,6 +31,7 @@ class Family:
       free: fields of from_config that do not change the parameters.
       head: name of the classifier among the parameters, which num_classes replaces.
       ignored: regular expression of tensors that mean nothing here.
+      rename: from a name in older files to the one in the table.
       constants: such tensors, which readers of the format expect all the same.
     """
 
@@ -46,9 +47,15 @@ class Family:
     free: frozenset[str] = frozenset()
     head: str | None = None
     ignored: str | None = None
+    rename: Callable[[str], str] = lambda name: name
     constants: Callable[[Any], dict[str, np.ndarray]] = lambda model: {}
 
 
 def image_input(side: int, channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shape of one square image, all that a vision model takes."""
     return (jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32),)
+
+
+def token_input() -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shape of a short text, all that a language model takes."""
+    return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)

@@ -60,27 +60,32 @@ class Row:
     """One of our parameters and its place in the other world.
 
     Attributes:
-      ours: path in our tree, joined by slashes.
+      ours: path in our tree, joined by slashes; or several, whose last axes theirs
+        joins in equal parts.
       theirs: name of the tensor; `{block}` counts the blocks, which are stacked
-        along the first axis of ours.
+        along the first axis of ours. Or the names of all parts of such a stack.
       layout: how the two differ.
       tied: every block holds a copy of one tensor of ours, which is not stacked.
     """
 
-    ours: str
-    theirs: str
+    ours: str | tuple[str, ...]
+    theirs: str | tuple[str, ...]
     layout: Layout = SAME
     tied: bool = False
 
     def names(self, model: nn.Module) -> list[str]:
-        """Their names of all `model.depth` blocks, or the one name."""
+        """Their names of all parts of ours, or the one name."""
+        if isinstance(self.theirs, tuple):
+            return list(self.theirs)
         if "{block}" not in self.theirs:
             return [self.theirs]
         return [self.theirs.format(block=block) for block in range(model.depth)]
 
     @property
     def stacked(self) -> bool:
-        """Whether ours has a leading axis of blocks."""
+        """Whether ours has a leading axis of parts."""
+        if isinstance(self.theirs, tuple):
+            return True
         return "{block}" in self.theirs and not self.tied
 
 
@@ -100,7 +105,10 @@ def export_tensors(rows: list[Row], params: Mapping, model: nn.Module) -> dict[s
     flat = flatten_dict(params, sep="/")
     tensors = {}
     for row in rows:
-        array = np.asarray(flat[row.ours])
+        if isinstance(row.ours, tuple):
+            array = np.concatenate([np.asarray(flat[path]) for path in row.ours], axis=-1)
+        else:
+            array = np.asarray(flat[row.ours])
         for block, name in enumerate(row.names(model)):
             tensors[name] = row.layout.write(array[block] if row.stacked else array, model)
     return tensors
@@ -116,6 +124,10 @@ def import_tensors(rows: list[Row], tensors: Mapping[str, Any], model: nn.Module
     for row in rows:
         names = row.names(model)
         parts = (_read(tensors[name], row.layout) for name in names)
+        if isinstance(row.ours, tuple):
+            joined = np.split(next(parts), len(row.ours), axis=-1)
+            flat |= dict(zip(row.ours, joined, strict=True))
+            continue
         if row.stacked:
             flat[row.ours] = np.stack(list(parts))
             continue

@@ -1,0 +1,242 @@
+"""What all language models share: a call, hidden states, a state, and the training loss."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int, Key
+
+from jaxmodels.ops.cross_entropy import chunked_cross_entropy
+
+
+class DecoderBlock(nn.Module):
+    """A mixer and a feed-forward, each added to what comes in and after a norm of it.
+
+    Attributes:
+      mixer: a sequence mixer.
+      mlp: a feed-forward, any module from (B, T, D) to (B, T, D).
+      norm: "rms" or "layer".
+      norm_eps: added to the mean square or the variance.
+      dtype: of the computation.
+    """
+
+    mixer: nn.Module
+    mlp: nn.Module
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Any = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """As a mixer: returns the tokens after this block and the mixer's state."""
+        h = make_norm(self.norm, self.norm_eps, self.dtype, "mixer_norm")(x)
+        h, state = self.mixer(h, positions, segment_ids, state, train)
+        x = x + h
+        h = make_norm(self.norm, self.norm_eps, self.dtype, "mlp_norm")(x)
+        return x + self.mlp(h), state
+
+
+def make_norm(norm: str, epsilon: float, dtype: Dtype, name: str | None = None) -> nn.Module:
+    """The norm of a name, "rms" or "layer"; `name` is None inside `setup`.
+
+    Raises:
+      ValueError: no such norm.
+    """
+    norms = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+    if norm not in norms:
+        raise ValueError(f'make_norm: norm={norm!r} is neither "rms" nor "layer"')
+    return norms[norm](epsilon=epsilon, dtype=dtype, name=name)
+
+
+class LanguageModel(nn.Module):
+    """Base of the language models: tokens to the logits of the tokens that follow.
+
+    A subclass has the fields `vocab_size`, `width`, `depth`, `context` (the longest
+    sequence that it was made for, or None) and `dtype`, a method `mixers`, and a
+    `setup` that makes `embed`, `block` (a list), `final_norm` and `head`, which is
+    None where the table of embeddings is the output matrix too.
+    """
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Sequence[Any] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T V"], tuple[Any, ...] | None]:
+        """Predicts the token after each one.
+
+        Args:
+          tokens: in [0, vocab_size).
+          positions, segment_ids: as for a mixer (`jaxmodels.layers.mixers`).
+          state: one value a layer, from `init_state` or the call before.
+          train: passed on to the mixers.
+
+        Returns:
+          Logits in float32, and the new state, or None without one.
+
+        Raises:
+          ValueError: the state is not one value a layer; or as the mixers.
+        """
+        hidden, state = self.hidden(tokens, positions, segment_ids, state, train)
+        return self.logits(hidden), state
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: Sequence[Any] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...] | None]:
+        """The vectors that `logits` reads, and the new state; arguments as of a call."""
+        states = [None] * self.depth if state is None else self._a_layer("state", state)
+        x = self.embedded(tokens, positions, segment_ids, state)
+        after = []
+        for block, before in zip(self.block, states, strict=True):
+            x, new = block(x, positions, segment_ids, before, train)
+            after.append(new)
+        return self.final_norm(x), None if state is None else tuple(after)
+
+    def embedded(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        state: Sequence[Any] | None,
+    ) -> Float[Array, "B T D"]:
+        """What the first block sees; a model whose positions are vectors adds them here."""
+        del positions, segment_ids, state
+        return self.embed(tokens)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of the next token, in float32."""
+        out = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        return out.astype(jnp.float32)
+
+    @nn.nowrap
+    def mixers(self) -> list[nn.Module]:
+        """A mixer a layer, of no parent."""
+        raise NotImplementedError(f"{type(self).__name__} has no mixers")
+
+    # Linen would have mixers made here belong to a model that is not being applied.
+    @nn.nowrap
+    def init_state(self, batch: int, max_length: int, dtype: Dtype | None = None) -> tuple:
+        """An empty state for sequences of at most `max_length` tokens, one value a layer.
+
+        Args:
+          batch: sequences.
+          max_length: tokens of each, prompt and generated together.
+          dtype: of caches; None is the model's.
+        """
+        return tuple(m.init_state(batch, max_length, dtype or self.dtype) for m in self.mixers())
+
+    @nn.nowrap
+    def output_kernel(self, params: Mapping[str, Any]) -> Float[Array, "D V"]:
+        """The matrix from hidden states to logits."""
+        if "head" in params:
+            return params["head"]["kernel"]
+        return params["embed"]["embedding"].T
+
+    @nn.nowrap
+    def loss(
+        self,
+        params: Mapping[str, Any],
+        batch: Mapping[str, Array],
+        key: Key[Array, ""],
+        model_state: Mapping[str, Any] | None = None,
+        *,
+        z_loss: float = 0.0,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Mapping[str, Any]]:
+        """The training loss, in the form that `training.make_step` takes.
+
+        loss = sum weights * cross entropy / sum weights + what layers have sown
+
+        All logits are never held at once. Layers may sow scalars in the collection
+        "losses" (the balance of experts), which are added.
+
+        Args:
+          params: the parameters.
+          batch: "tokens" and "targets" (B, T); and, if the batch is packed,
+            "segment_ids" and "positions" (B, T), and "weights" (B, T), 0 where a
+            target is not a real one.
+          key: of what training draws.
+          model_state: other variables by collection, such as the "router" of experts.
+          z_loss: weight of the squared log-normaliser, as PaLM has it.
+
+        Returns:
+          The loss, its terms by name, and the new model_state.
+
+        Raises:
+          ValueError: the batch lacks tokens or targets, or shapes disagree.
+        """
+        self._require(batch)
+        model_state = dict(model_state or {})
+        (hidden, _), changed = self.apply(
+            {"params": params, **model_state},
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segment_ids"),
+            train=True,
+            method="hidden",
+            rngs={"dropout": key},
+            mutable=["losses", *model_state],
+        )
+        loss, terms = chunked_cross_entropy(
+            hidden,
+            self.output_kernel(params).astype(hidden.dtype),
+            batch["targets"],
+            batch.get("weights"),
+            z_loss=z_loss,
+        )
+        changed = dict(changed)
+        sown = sown_losses(changed.pop("losses", {}))
+        total = loss + sum(sown.values())
+        return total, {**terms, **sown}, {**model_state, **changed}
+
+    @nn.nowrap
+    def _require(self, batch: Mapping[str, Array]) -> None:
+        name = type(self).__name__
+        if missing := {"tokens", "targets"} - {*batch}:
+            raise ValueError(
+                f"{name}: the batch has no {', '.join(map(repr, sorted(missing)))}, only "
+                f"{sorted(batch)}; use a data set of text"
+            )
+        shapes = {
+            key: batch[key].shape
+            for key in ("targets", "weights", "positions", "segment_ids")
+            if key in batch
+        }
+        if wrong := {k: s for k, s in shapes.items() if s != batch["tokens"].shape}:
+            raise ValueError(
+                f"{name}: batch['tokens'] is {batch['tokens'].shape}, but {wrong}; all are (B, T)"
+            )
+
+    @nn.nowrap
+    def _a_layer(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
+        if len(values) != self.depth:
+            raise ValueError(
+                f"{type(self).__name__}: {name} has {len(values)} entries for "
+                f"depth={self.depth}; give one, or one a layer"
+            )
+        return values
+
+
+def sown_losses(sown: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
+    """The sums over all layers of what they have sown, by name."""
+    sums = {}
+    for path, values in flatten_dict(dict(sown)).items():
+        sums[path[-1]] = sums.get(path[-1], 0.0) + sum(jax.tree.leaves(values))
+    return sums
