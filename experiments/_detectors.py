@@ -35,6 +35,20 @@ Name = Literal[
 # Digits of 8 to 48 pixels and the limits of COCO's sizes, 32 and 96: as pictures three times as
 # large, a sixth of the digits are small, a quarter large.
 MAGNIFIED = 3
+# As many as take five to eight minutes on two cores, batches of 16 scenes of 128 x 128.
+STEPS: dict[Name, int] = {
+    "faster_rcnn": 2500,
+    "faster_rcnn_fpn": 1500,
+    "r_fcn": 1800,
+    "r_fcn_deformable": 1200,
+    "tridentnet": 800,
+    "yolo_v1": 1200,
+    "yolo_v2": 1000,
+    "yolo_v3": 2000,
+    "fcos": 900,
+    "centernet": 1200,
+    "cornernet": 350,
+}
 # Sides of the digits, the roots of their areas, and heights over widths.
 _SIDES, _RATIOS = (8.0, 15.0, 23.0, 35.0), (1.4, 2.2)
 _SHAPES = ((5.0, 9.0), (10.0, 14.0), (15.0, 22.0), (21.0, 31.0), (29.0, 42.0))
