@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+from jaxmodels.models.language.language_model import LanguageModel
 from jaxmodels.models.language.llama import Llama
 from jaxmodels.models.language.qwen3 import Qwen3
 from jaxmodels.weights.config import REQUIRED, Config
@@ -56,7 +57,7 @@ def write_decoder(form: Config) -> Callable[[Llama], dict[str, Any]]:
     return to_config
 
 
-def outer_rows(model: Llama) -> list[Row]:
+def outer_rows(model: LanguageModel) -> list[Row]:
     """Rows of everything outside the blocks, and of the blocks' norms."""
     rows = [
         Row("embed/embedding", "model.embed_tokens.weight"),
@@ -75,13 +76,9 @@ def outer_rows(model: Llama) -> list[Row]:
 
 def attention_rows(ours: str, theirs: str, *, qk_norm: bool = False) -> list[Row]:
     """Rows of the four projections of attention, and of its norms."""
+    names = {"q": "q", "k": "k", "v": "v", "out": "o"}
     rows = [
-        Row(
-            f"{ours}/{name[0]}/kernel" if name != "o" else f"{ours}/out/kernel",
-            f"{theirs}.{name}_proj.weight",
-            LINEAR,
-        )
-        for name in "qkvo"
+        Row(f"{ours}/{o}/kernel", f"{theirs}.{t}_proj.weight", LINEAR) for o, t in names.items()
     ]
     if qk_norm:
         rows += [Row(f"{ours}/{n}_norm/scale", f"{theirs}.{n}_norm.weight") for n in "qk"]
@@ -93,6 +90,20 @@ def gated_rows(ours: str, theirs: str) -> list[Row]:
     return [
         Row(f"{ours}/{name}/kernel", f"{theirs}.{name}_proj.weight", LINEAR)
         for name in ("gate", "up", "down")
+    ]
+
+
+def expert_rows(ours: str, theirs: str, count: int, names: Mapping[str, str]) -> list[Row]:
+    """Rows of the experts' matrices, of which ours are stacked.
+
+    Args:
+      ours, theirs: where they are.
+      count: E.
+      names: ours to theirs.
+    """
+    return [
+        Row(f"{ours}/{o}", tuple(f"{theirs}.{e}.{t}.weight" for e in range(count)), LINEAR)
+        for o, t in names.items()
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from weights.torch_models import loaded, randomised
+from weights.torch_models import loaded, random_variables, randomised
 
 import jaxmodels
 from jaxmodels.layers.rotary_scaling import DynamicNtk, Interpolation, Llama3, Yarn
@@ -22,6 +22,8 @@ from jaxmodels.weights.table import export_tensors
 BATCH, LENGTH, VOCAB = 2, 17, 37
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 41, "num_hidden_layers": 2}
+# Their products of groups only take widths that are multiples of 4.
+PLAIN_EXPERTS = {"experts_implementation": "eager"}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, **NO_TOKENS}
 
 
@@ -41,6 +43,34 @@ LLAMA3 = rope(
     original_max_position_embeddings=13,
 )
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=13)
+
+
+def deepseek_config(**changes):
+    sizes = {
+        "kv_lora_rank": 11,
+        "q_lora_rank": 13,
+        "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 7,
+        "moe_intermediate_size": 17,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 3,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+    return transformers.DeepseekV3Config(**{**SIZES, **rope("default"), **sizes, **changes})
+
+
+def rope_with_magnitudes(mscale, all_dim):
+    return {
+        "rope_parameters": {**YARN["rope_parameters"], "mscale": mscale, "mscale_all_dim": all_dim}
+    }
+
+
 CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB, n_positions=31, n_embd=24, n_layer=2, n_head=3, **NO_TOKENS
@@ -51,13 +81,20 @@ CONFIGS = {
     "llama": llama_config,
     "llama 3": lambda: llama_config(tie_word_embeddings=True, head_dim=10, **LLAMA3),
     "llama with yarn": lambda: llama_config(**YARN),
+    "deepseek_v3": lambda: deepseek_config(),
+    "deepseek_v3 stretched": lambda: deepseek_config(
+        q_lora_rank=None, rope_interleave=False, **rope_with_magnitudes(0.5, 0.7)
+    ),
+    "deepseek_v3 with one magnitude": lambda: deepseek_config(**YARN),
+    "deepseek_v3 as published": lambda: deepseek_config(**rope_with_magnitudes(1.0, 1.0)),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, **rope("default"), head_dim=10),
 }
 
 
 def make(name):
     torch.manual_seed(0)
-    return randomised(transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()))
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), **PLAIN_EXPERTS)
+    return randomised(model)
 
 
 def some_tokens(length=LENGTH, seed=0):
@@ -81,17 +118,32 @@ def test_both_directions_are_bit_exact(tmp_path, name):
         np.testing.assert_array_equal(before[key], after[key])
     again, _ = jaxmodels.load_pretrained(tmp_path / "ours")
     assert again == model
-    same = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    same = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", **PLAIN_EXPERTS
+    ).eval()
     assert type(same) is type(theirs)
     tokens = as_torch(some_tokens())
     with torch.no_grad():
         torch.testing.assert_close(same(tokens).logits, theirs(tokens).logits, atol=0, rtol=0)
 
 
+def gradients_by_name_in_a_file(model, folder):
+    """Which may differ from the names in the module: some join the experts' matrices."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    return {k: v for k, v in tensors.items() if not k.endswith("e_score_correction_bias")}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_are_theirs(tmp_path, name):
     theirs = make(name)
-    model, variables = loaded(theirs, tmp_path)
+    # Theirs has no loss that balances experts unless it is asked for.
+    plain = {"balance_coefficient": 0.0} if "deepseek" in name or "mixtral" in name else {}
+    model, variables = loaded(theirs, tmp_path, **plain)
+    others = {kind: tree for kind, tree in variables.items() if kind != "params"}
     tokens, targets = some_tokens(), some_tokens(seed=1)
 
     logits, state = jax.jit(model.apply)(variables, tokens)
@@ -103,10 +155,10 @@ def test_logits_and_gradients_are_theirs(tmp_path, name):
         expected.flatten(0, 1), as_torch(targets).flatten()
     ).backward()
     batch = {"tokens": tokens, "targets": targets}
-    found = jax.jit(jax.grad(lambda p: model.loss(p, batch, jax.random.key(0))[0]))(
+    found = jax.jit(jax.grad(lambda p: model.loss(p, batch, jax.random.key(0), others)[0]))(
         variables["params"]
     )
-    wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+    wanted = gradients_by_name_in_a_file(theirs, tmp_path / "gradients")
     named = export_tensors(jaxmodels.weights.family_of(model).tables(model)["params"], found, model)
     assert {*named} == {*wanted}
     for key, gradient in wanted.items():
@@ -135,6 +187,24 @@ def test_packed_documents_restart_their_positions(tmp_path):
     for part in (slice(0, 7), slice(7, None)):
         expected = theirs(as_torch(tokens[:, part])).logits.detach()
         np.testing.assert_allclose(logits[:, part], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_modules_that_look_ahead_are_the_layers_after_the_last(tmp_path):
+    """As in the published files, which repeat embeddings and head beside each."""
+    theirs = make("deepseek_v3")
+    model, _ = loaded(theirs, tmp_path / "theirs")
+    model = model.clone(num_ahead=2)
+    variables = random_variables(model, some_tokens())
+    jaxmodels.save_pretrained(model, variables, tmp_path / "ours")
+    path = tmp_path / "ours" / "model.safetensors"
+    tensors = load_file(path)
+    assert tensors["model.layers.3.eh_proj.weight"].shape == (24, 48)
+    tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"]
+    save_file(tensors, path)
+    again, same = jaxmodels.load_pretrained(tmp_path / "ours")
+    assert again == model
+    chex.assert_trees_all_equal(same, variables)
 
 
 def test_names_of_older_files_are_understood(tmp_path):

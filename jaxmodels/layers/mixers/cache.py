@@ -2,6 +2,10 @@
 
 Keys are stored before any rotation, with their positions, so that a scheme of
 positions may depend on the distance to the query or on the length so far.
+
+For decoding that looks ahead, a `KVCache` can be shortened (`shorten`), can take in
+a tree of alternatives in one call (its field `among`), and can then keep one path
+through that tree alone (`keep_path`).
 """
 
 from typing import NamedTuple
@@ -26,6 +30,8 @@ class KVCache(NamedTuple):
       positions: (B, L), of the keys.
       documents: (B, L), 0 for keys of the document that goes on, else -1.
       length: how many slots are filled.
+      among: (T, T), for the next call alone, which has T tokens: True where the
+        token of the row sees that of the column. None is causal.
     """
 
     k: Float[Array, "B L G K"]
@@ -33,6 +39,7 @@ class KVCache(NamedTuple):
     positions: Int[Array, "B L"]
     documents: Int[Array, "B L"]
     length: Int[Array, ""]
+    among: Bool[Array, "T T"] | None = None
 
 
 class RollingCache(NamedTuple):
@@ -106,11 +113,13 @@ def extend(
 
     Returns:
       The cache that holds them as well, and what the new tokens' queries see,
-      causally and within their documents. A window is not applied to the mask.
+      causally (or as `among` says) and within their documents. A window is not
+      applied to the mask.
 
     Raises:
-      ValueError: a `KVCache` has no room for them. Where its length is known only
-        to the compiled program, the outputs are NaN instead.
+      ValueError: a `KVCache` has no room for them, where its length is known; the
+        outputs are NaN where only the compiled program knows it. Or `among` is not
+        of as many tokens.
     """
     if segment_ids is None:
         documents = jnp.zeros(positions.shape, jnp.int32)
@@ -124,15 +133,65 @@ def extend(
         first = cache.length
         joined = _write(cache, new, name)
     keys, values, places, owners = joined
-    slots = jnp.arange(owners.shape[1])
-    causal = slots[None, :] <= first + jnp.arange(k.shape[1])[:, None]
-    mask = (owners[:, None, :] == documents[:, :, None]) & causal[None]
+    among = None if isinstance(cache, RollingCache) else cache.among
+    visible = _visible(first, k.shape[1], owners.shape[1], among, name)
+    mask = (owners[:, None, :] == documents[:, :, None]) & visible[None]
     seen = Seen(keys, values, places, mask[:, None])
     left = jnp.where(owners == documents[:, -1:], _CURRENT, _GONE)
     if isinstance(cache, RollingCache):
         length = k.shape[1]
         return RollingCache(*(x[:, length:] for x in (keys, values, places, left))), seen
     return KVCache(keys, values, places, left, cache.length + k.shape[1]), seen
+
+
+def shorten(cache: KVCache, length: int | Int[Array, ""]) -> KVCache:
+    """Takes the last tokens out again, all but the first `length`.
+
+    Args:
+      cache: what is taken out belongs to the document that goes on.
+      length: at most the cache's own.
+    """
+    filled = jnp.arange(cache.documents.shape[1]) < length
+    documents = jnp.where(filled[None], cache.documents, _GONE)
+    return cache._replace(documents=documents, length=jnp.asarray(length, jnp.int32))
+
+
+def keep_path(
+    cache: KVCache,
+    start: int | Int[Array, ""],
+    path: Int[Array, "B P"],
+    count: int | Int[Array, ""],
+) -> KVCache:
+    """Keeps some of the tokens of the last call, moved together.
+
+    Args:
+      cache: after a call with `among`.
+      start: its length before that call.
+      path: which tokens of that call to keep, by their index in it, ascending.
+      count: how many of `path` are kept.
+    """
+    slots = start + path
+
+    def move(x):
+        places = slots.reshape(*slots.shape, *(1,) * (x.ndim - 2))
+        return lax.dynamic_update_slice_in_dim(
+            x, jnp.take_along_axis(x, places, axis=1), start, axis=1
+        )
+
+    return shorten(KVCache(*map(move, cache[:4]), cache.length), start + count)
+
+
+def _visible(first, tokens: int, slots: int, among: Array | None, name: str) -> Array:
+    """(T, S): slots before `first`, and of the new tokens' slots those that they may see."""
+    if among is None:
+        return jnp.arange(slots)[None, :] <= first + jnp.arange(tokens)[:, None]
+    if among.shape != (tokens, tokens):
+        raise ValueError(
+            f"{name}: the state's among {among.shape} must be (T, T) = {(tokens, tokens)}, a row "
+            f"and a column a token of this call; set it with state._replace(among=...)"
+        )
+    before = jnp.broadcast_to(jnp.arange(slots)[None, :] < first, (tokens, slots))
+    return lax.dynamic_update_slice_in_dim(before, among, first, axis=1)
 
 
 def _write(cache: KVCache, new: tuple, name: str) -> list[Array]:

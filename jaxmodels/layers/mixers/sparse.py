@@ -106,6 +106,11 @@ class SparseMixer(nn.Module):
 
     def _continue(self, q, k, v, positions, segment_ids, state, pattern):
         """Attends to the cache. Places are counted, whatever positions the caller gave."""
+        if state.among is not None:
+            raise ValueError(
+                f"{type(self).__name__}: a tree of alternatives has no strides; let the state's "
+                f"among be None, and speculative decoding draft chains"
+            )
         slots, length = state.k.shape[1], q.shape[1]
         count = jnp.sum(state.documents == 0, axis=1)
         places = token_positions(q[:, :, 0], None, segment_ids, count)

@@ -1,0 +1,199 @@
+"""Language models on real text: read, trained and judged alike for several scripts."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels import data, ops, training
+from jaxmodels.models.language.language_model import LanguageModel
+from jaxmodels.training.experiment import trajectory_fields, write_json
+
+# Of a single text without files to tell apart, the last eighth is held out.
+_HELD_OUT = 1 / 8
+
+
+class Schedule(Protocol):
+    """The fields of a script's configuration that training goes by."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    clip_norm: float
+    precision: str
+    seed: int
+    checkpoint_every: int
+    log_every: int
+
+
+def text_sets(
+    source: Path | None, length: int, tokenizer: data.Tokenizer | None = None
+) -> tuple[data.Dataset, data.Dataset]:
+    """Sequences to learn from and to be judged by, from different files.
+
+    Args:
+      source: a text, a `.jsonl` or `.parquet` file, or a folder of them; None is the
+        source and the manual of Python's standard library.
+      length: T, of a sequence.
+      tokenizer: None takes windows of bytes, each a token; otherwise documents are
+        tokenized and packed.
+
+    Returns:
+      Two data sets for `data.batches`; the packed ones have segment ids, positions
+      and weights as well.
+    """
+    parts = ("train", "test")
+    if tokenizer is not None:
+        documents = (data.tokenize(_texts(source, part), tokenizer) for part in parts)
+        first, second = (data.pack_documents(each, length) for each in documents)
+    else:
+        first, second = (data.ByteWindows(_bytes(source, part), length) for part in parts)
+    return first, second
+
+
+def _texts(source: Path | None, part: str) -> list[str]:
+    if source is None:
+        return data.python_text(part).tobytes().decode(errors="replace").split("\0")
+    if source.is_file() and source.suffix not in (".jsonl", ".parquet"):
+        (text,) = data.read_documents(source)
+        border = round(len(text) * (1 - _HELD_OUT))
+        return [text[:border] if part == "train" else text[border:]]
+    return list(data.read_documents(source, split=part))
+
+
+def _bytes(source: Path | None, part: str) -> np.ndarray:
+    if source is None:
+        return data.python_text(part)
+    return data.tokenize(_texts(source, part), data.ByteTokenizer()).tokens.astype(np.uint8)
+
+
+def train_language_model(
+    config: Schedule,
+    model: LanguageModel,
+    train_set: data.Dataset,
+    folder: Path,
+    *,
+    loss: Callable | None = None,
+    start: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], float]:
+    """Trains with AdamW, or goes on where `folder` stands.
+
+    Args:
+      config: the schedule, and whatever else determines the result.
+      model: any language model.
+      train_set: has "tokens" and "targets", as those of `text_sets`.
+      folder: gets metrics, checkpoints and `cost.json`.
+      loss: in place of `model.loss`.
+      start: variables to begin with, in place of random ones.
+
+    Returns:
+      The variables, and how long their training took in seconds, compilation left out.
+    """
+    optimizer = training.adamw(
+        config.learning_rate,
+        steps=config.steps,
+        warmup=min(config.warmup, config.steps - 1),
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        b2=0.95,
+    )
+    step = training.make_step(loss or model.loss, optimizer, precision=config.precision)
+
+    def batches():
+        return data.batches(train_set, config.batch_size, seed=config.seed)
+
+    first = next(batches())
+    example = {"tokens": jax.ShapeDtypeStruct((1, first["tokens"].shape[1]), jnp.int32)}
+    state = training.init_state(model, optimizer, jax.random.key(config.seed), example)
+    if start is not None:
+        others = {name: value for name, value in start.items() if name != "params"}
+        # Copies, since a step overwrites its state.
+        params, others = jax.tree.map(jnp.array, (start["params"], others))
+        state = state.replace(params=params, model_state=others)
+    # Compiles, so that the clock sees training alone.
+    step(jax.tree.map(jnp.copy, state), first)
+    with _Clock(folder) as clock:
+        state = training.fit(
+            state,
+            step,
+            batches(),
+            steps=config.steps,
+            directory=folder,
+            config=trajectory_fields(config),
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            description=folder.name,
+        )
+    return {"params": state.params, **state.model_state}, clock.seconds
+
+
+class _Clock:
+    """Counts seconds in `folder/cost.json`, on from those of an interrupted run."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "cost.json"
+        self.seconds = json.loads(self._file.read_text())["seconds"] if self._file.exists() else 0.0
+
+    def __enter__(self):
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self._started
+        write_json(self._file, {"seconds": self.seconds})
+
+
+def bits_per_byte(
+    model: LanguageModel,
+    variables: Mapping[str, Any],
+    windows: data.Dataset,
+    *,
+    tokenizer: data.Tokenizer | None = None,
+    count: int = 64,
+    batch_size: int = 8,
+) -> float:
+    """How many bits a byte of text costs the model.
+
+    Args:
+      model: any language model.
+      variables: its own.
+      windows: as those of `text_sets`.
+      tokenizer: what made them; None is a byte a token.
+      count: how many windows to judge by, evenly spaced.
+      batch_size: how many at once.
+    """
+
+    @jax.jit
+    def nats(variables, batch):
+        places = batch.get("positions"), batch.get("segment_ids")
+        hidden, _ = model.apply(variables, batch["tokens"], *places, method="hidden")
+        kernel = model.output_kernel(variables["params"]).astype(hidden.dtype)
+        weights = batch.get("weights", jnp.ones(batch["tokens"].shape))
+        loss, _ = ops.chunked_cross_entropy(hidden, kernel, batch["targets"], weights)
+        return loss * jnp.sum(weights)
+
+    chosen = np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))
+    total, length = 0.0, 0
+    for part in np.array_split(chosen, -(-len(chosen) // batch_size)):
+        batch = windows.batch(part, np.random.default_rng(0))
+        total += float(nats(variables, batch))
+        length += _count_bytes(batch, tokenizer)
+    return total / length / np.log(2)
+
+
+def _count_bytes(batch: Mapping[str, np.ndarray], tokenizer: data.Tokenizer | None) -> int:
+    """Those of all real targets."""
+    targets = batch["targets"]
+    weights = batch.get("weights", np.ones(targets.shape))
+    if tokenizer is None:
+        return int(np.count_nonzero(weights))
+    pairs = zip(targets, weights, strict=True)
+    return sum(len(tokenizer.decode(row[real > 0]).encode()) for row, real in pairs)

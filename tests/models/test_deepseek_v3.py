@@ -1,0 +1,392 @@
+"""DeepSeek-V3 against that of `transformers` with its weights, modules that look ahead included."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_layers import MtpLayer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3RMSNorm,
+)
+
+from jaxmodels import create_model, training
+from jaxmodels.layers.rotary_scaling import Yarn
+from jaxmodels.models.language.deepseek_v3 import DeepseekV3
+
+BATCH, LENGTH, VOCAB, WIDTH, DEPTH, AHEAD = 2, 19, 37, 22, 2, 2
+HEADS, Q_RANK, KV_RANK, NOPE, ROPE, VALUE = 3, 13, 11, 5, 6, 7
+DENSE, EXPERT, EXPERTS, GROUPS, SHARED = 29, 17, 6, 3, 2
+WEIGHT = 0.7
+BLOCK_NORMS = {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+# What the training step reports of any loss.
+COMMON = ("loss", "grad_norm", "first_nonfinite")
+
+
+def ours(**overrides):
+    fields = {
+        "vocab_size": VOCAB,
+        "width": WIDTH,
+        "depth": DEPTH,
+        "dense_depth": 1,
+        "num_heads": HEADS,
+        "q_rank": Q_RANK,
+        "kv_rank": KV_RANK,
+        "nope_dim": NOPE,
+        "rope_dim": ROPE,
+        "value_dim": VALUE,
+        "mlp_width": DENSE,
+        "expert_width": EXPERT,
+        "num_experts": EXPERTS,
+        "num_shared": SHARED,
+        "top_k": 3,
+        "groups": GROUPS,
+        "top_groups": 2,
+        "rope_base": 500.0,
+        "rope_scaling": Yarn(factor=4.0, train_length=7),
+        "num_ahead": AHEAD,
+        "ahead_weight": WEIGHT,
+        "balance_coefficient": 0.0,
+        "norm_eps": 1e-3,
+    }
+    return DeepseekV3(**{**fields, **overrides})
+
+
+@functools.cache
+def theirs():
+    """Their model and two of their modules that look ahead."""
+    config = DeepseekV3Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        first_k_dense_replace=1,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        q_lora_rank=Q_RANK,
+        kv_lora_rank=KV_RANK,
+        qk_nope_head_dim=NOPE,
+        qk_rope_head_dim=ROPE,
+        v_head_dim=VALUE,
+        intermediate_size=DENSE,
+        moe_intermediate_size=EXPERT,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=SHARED,
+        num_experts_per_tok=3,
+        n_group=GROUPS,
+        topk_group=2,
+        max_position_embeddings=28,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 7,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        rms_norm_eps=1e-3,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    model = DeepseekV3ForCausalLM(config).eval()
+    # Their modules stand after the dense layers, whatever their number.
+    config.first_k_dense_replace = 0
+    model.ahead = torch.nn.ModuleList(
+        MtpLayer(config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, k) for k in range(AHEAD)
+    )
+    torch.manual_seed(0)
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if "norm" in name:
+            torch.nn.init.uniform_(value, 0.5, 2.0)
+        elif "inv_freq" not in name:
+            torch.nn.init.normal_(value, 0.0, 0.3)
+    return model
+
+
+def tree(model, read=lambda weight: weight.detach()):
+    """Our parameters from theirs, or from their gradients."""
+
+    def array(weight):
+        return jnp.asarray(read(weight).numpy())
+
+    def linears(parent, names):
+        return {
+            ours: {"kernel": array(getattr(parent, name).weight).T} for ours, name in names.items()
+        }
+
+    def norms(parent, names):
+        return {
+            ours: {"scale": array(getattr(parent, name).weight)} for ours, name in names.items()
+        }
+
+    gated = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    attention = {"q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa"}
+    attention |= {"kv_up": "kv_b_proj", "out": "o_proj"}
+
+    def experts(mlp):
+        if not hasattr(mlp, "experts"):
+            return linears(mlp, gated)
+        gate, up = jnp.split(array(mlp.experts.gate_up_proj).swapaxes(1, 2), 2, axis=-1)
+        return {
+            "router": {"kernel": array(mlp.gate.weight).T},
+            "gate": gate,
+            "up": up,
+            "down": array(mlp.experts.down_proj).swapaxes(1, 2),
+            "shared": linears(mlp.shared_experts, gated),
+        }
+
+    def block(layer):
+        latents = norms(layer.self_attn, {"q_norm": "q_a_layernorm", "kv_norm": "kv_a_layernorm"})
+        return {
+            **norms(
+                layer, {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+            ),
+            "mixer": latents | linears(layer.self_attn, attention),
+            "mlp": experts(layer.mlp),
+        }
+
+    params = {"embed": {"embedding": array(model.model.embed_tokens.weight)}}
+    params |= norms(model.model, {"final_norm": "norm"}) | linears(model, {"head": "lm_head"})
+    for i, layer in enumerate(model.model.layers):
+        params[f"block_{i}"] = block(layer)
+    for i, layer in enumerate(model.ahead):
+        params[f"ahead_{i}"] = {
+            "block": block(layer.mtp_block),
+            **linears(layer, {"project": "eh_proj"}),
+            **norms(
+                layer, {"embed_norm": "enorm", "hidden_norm": "hnorm", "final_norm": "post_norm"}
+            ),
+        }
+    return params
+
+
+def biases(model):
+    """The collection "router"."""
+
+    def of(layer):
+        return {"mlp": {"router": {"bias": jnp.asarray(layer.mlp.gate.e_score_correction_bias)}}}
+
+    found = {f"block_{i}": of(model.model.layers[i]) for i in range(1, DEPTH)}
+    return found | {f"ahead_{i}": {"block": of(m.mtp_block)} for i, m in enumerate(model.ahead)}
+
+
+def variables():
+    return {"params": tree(theirs()), "router": biases(theirs())}
+
+
+def draw(length=LENGTH + 1):
+    return np.random.default_rng(1).integers(0, VOCAB, (BATCH, length))
+
+
+def their_hidden(model, tokens):
+    """Hidden states of the model and of each module, of one text (1, T)."""
+    found = [model.model(tokens).last_hidden_state]
+    for k, module in enumerate(model.ahead[: tokens.shape[1] - 1], 1):
+        embedded = model.model.embed_tokens(tokens[:, k:])
+        places = torch.arange(embedded.shape[1])[None]
+        hidden = torch.ones(places.shape[1], places.shape[1], dtype=torch.bool).triu(1)
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None, None]
+        angles = model.model.rotary_emb(embedded, places)
+        found.append(module(embedded, found[-1][:, :-1], angles, mask, places, None))
+    return found
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    leaves, _ = jax.tree.flatten_with_path(expected)
+    for (path, want), got in zip(leaves, jax.tree.leaves(actual), strict=True):
+        scale = max(np.abs(want).max(), 1e-3)
+        np.testing.assert_allclose(
+            got / scale, want / scale, rtol=0, atol=tolerance, err_msg=str(path)
+        )
+
+
+def test_parameters_and_state_are_named_as_documented():
+    model = ours()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    assert {*shapes} == {"params", "router"}
+    found = jax.tree.map(lambda x: x.shape, jax.tree.map(jnp.asarray, variables()))
+    assert jax.tree.map(lambda x: x.shape, dict(shapes)) == found
+
+
+def test_logits_and_those_of_the_modules():
+    tokens = draw(LENGTH)
+    with torch.no_grad():
+        rows = [their_hidden(theirs(), torch.from_numpy(row[None])) for row in tokens]
+        want = [
+            np.concatenate([theirs().lm_head(row[k]).numpy() for row in rows])
+            for k in range(AHEAD + 1)
+        ]
+        logits = theirs()(torch.from_numpy(tokens)).logits.numpy()
+    model = ours()
+
+    @jax.jit
+    def run(variables, tokens):
+        hidden = model.apply(variables, tokens, method="hidden_ahead")
+        return model.apply(variables, tokens)[0], [
+            model.apply(variables, h, method="logits") for h in hidden
+        ]
+
+    found, ahead = run(variables(), jnp.asarray(tokens))
+    assert found.dtype == jnp.float32
+    assert_close((found, ahead), (logits, want))
+
+
+# Inputs of the documents in each row; their targets follow them.
+LAYOUTS = {"whole": (LENGTH,), "packed": (6, 1, 2, 10)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_training_loss_and_its_gradients(layout):
+    """Equations 24 and 25: each document alone, summed in torch; weights of the targets."""
+    lengths = LAYOUTS[layout]
+    texts = draw(LENGTH + len(lengths))
+    target_weights = np.random.default_rng(2).choice([0.0, 1.0, 1.5], (BATCH, LENGTH))
+    target_weights = target_weights.astype(np.float32) if layout != "whole" else None
+    batch, ends = {"tokens": [], "targets": []}, np.cumsum(lengths)
+    model = theirs()
+    model.zero_grad()
+    sums, counts = torch.zeros(AHEAD + 1), torch.zeros(AHEAD + 1)
+    for row, text in enumerate(texts):
+        parts = np.split(text, np.cumsum(np.add(lengths, 1))[:-1])
+        batch["tokens"].append(np.concatenate([part[:-1] for part in parts]))
+        batch["targets"].append(np.concatenate([part[1:] for part in parts]))
+        for part, end, length in zip(parts, ends, lengths, strict=True):
+            weights = torch.ones(length)
+            if target_weights is not None:
+                weights = torch.from_numpy(target_weights[row, end - length : end])
+            part = torch.from_numpy(part[None])
+            for k, hidden in enumerate(their_hidden(model, part[:, :-1])):
+                lost = torch.nn.functional.cross_entropy(
+                    model.lm_head(hidden)[0], part[0, k + 1 :], reduction="none"
+                )
+                here = torch.arange(AHEAD + 1) == k
+                sums = sums + here * (weights[k:] * lost).sum()
+                counts = counts + here * weights[k:].sum()
+    means = sums / counts
+    want = means[0] + WEIGHT / AHEAD * means[1:].sum()
+    want.backward()
+
+    batch = {key: jnp.asarray(np.stack(rows), jnp.int32) for key, rows in batch.items()}
+    if layout != "whole":
+        # The same id again is another document, when another one stands between.
+        ids = np.repeat(np.arange(len(lengths)) % 2, lengths)
+        batch["segment_ids"] = jnp.asarray(np.stack([ids] * BATCH), jnp.int32)
+        batch["weights"] = jnp.asarray(target_weights)
+    start = variables()
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            loss, *rest = ours().loss(params, batch, jax.random.key(0), {"router": start["router"]})
+            return loss, rest
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (found, (terms, _)), gradients = run(start["params"])
+    np.testing.assert_allclose(found, want.detach(), rtol=1e-5)
+    names = ["cross_entropy", *(f"cross_entropy_{k}" for k in range(2, AHEAD + 2))]
+    np.testing.assert_allclose([terms[n] for n in names], means.detach(), rtol=1e-5)
+    assert_close(gradients, tree(model, lambda weight: weight.grad))
+
+
+def test_cached_is_uncached():
+    """The model and a module over it, fed the prompt and then token by token."""
+    model, tokens = ours(), jnp.asarray(draw())
+    with torch.no_grad():
+        rows = [their_hidden(theirs(), torch.from_numpy(row[None, :-1])) for row in draw()]
+        want = [np.concatenate([row[k].numpy() for row in rows]) for k in range(AHEAD + 1)]
+
+    @jax.jit
+    def call(tokens, after, states):
+        start = variables()
+        state, ahead = states
+        hidden, state = model.apply(start, tokens, state=state, method="hidden")
+        found, ahead = model.apply(start, hidden, after, 0, state=ahead, method="predict_ahead")
+        return hidden, found, (state, ahead)
+
+    states = model.init_state(BATCH, LENGTH), model.init_ahead_state(BATCH, LENGTH)[0]
+    assert len(states[0]) == DEPTH and len(model.init_ahead_state(BATCH, LENGTH)) == AHEAD
+    parts = []
+    for low, high in itertools.pairwise((0, 17, 18, LENGTH)):
+        *part, states = call(tokens[:, low:high], tokens[:, low + 1 : high + 1], states)
+        parts.append(part)
+    hidden, ahead = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    assert_close((hidden, ahead[:, :-1]), tuple(want[:2]))
+
+
+def test_training_lowers_the_loss_and_moves_the_biases():
+    """In the package's own step, whose model_state the biases are."""
+    model = ours(num_ahead=1, balance_coefficient=0.01, bias_rate=0.05)
+    batch = {"tokens": jnp.asarray(draw()[:, :-1]), "targets": jnp.asarray(draw()[:, 1:])}
+    optimizer = optax.adam(1e-2)
+    example = {"tokens": batch["tokens"]}
+    state = training.init_state(model, optimizer, jax.random.key(0), example)
+    assert {*state.model_state} == {"router"}
+    before = jax.tree.map(np.asarray, state.model_state)
+    step = training.make_step(model.loss, optimizer)
+    state, first = step(state, batch)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, state.model_state)
+    np.testing.assert_allclose(jax.tree.leaves(moved), [0.05, 0.05], rtol=1e-6)
+    names = ("cross_entropy", "cross_entropy_2")
+    sown = sum(first[name] for name in {*first} - {*names, *COMMON})
+    parts = (first[names[0]], WEIGHT * first[names[1]], sown)
+    assert min(parts) > 0
+    np.testing.assert_allclose(first["loss"], sum(parts), rtol=1e-5)
+    for _ in range(5):
+        state, last = step(state, batch)
+    for name in names:
+        assert last[name] < 0.9 * first[name]
+
+
+def test_without_modules_the_loss_is_the_models():
+    model = ours(num_ahead=0)
+    start = variables()
+    params = {name: value for name, value in start["params"].items() if "ahead" not in name}
+    router = {name: value for name, value in start["router"].items() if "ahead" not in name}
+    tokens, targets = jnp.asarray(draw()[:, :-1]), jnp.asarray(draw()[:, 1:])
+    loss, terms, _ = jax.jit(model.loss)(
+        params, {"tokens": tokens, "targets": targets}, jax.random.key(0), {"router": router}
+    )
+    with torch.no_grad():
+        logits = theirs()(torch.from_numpy(draw()[:, :-1])).logits
+        want = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(draw()[:, 1:]).flatten()
+        )
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert "cross_entropy" in terms and "cross_entropy_2" not in terms
+
+
+def test_the_published_size():
+    """671 billion parameters (section 4.2 of the paper), of which 37 work for a token."""
+
+    def count(**sizes):
+        model = create_model("deepseek_v3", num_ahead=0, **sizes)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+    base = count(depth=3)
+    block = count(depth=4) - base
+    experts = 256 * 3 * 7168 * 2048
+    assert round((base + 58 * block) / 1e9) == 671
+    # The look-up in the table of embeddings is not work.
+    active = base + 58 * (block - experts + experts * 8 // 256) - 129_280 * 7168
+    assert round(active / 1e9) == 37
+
+
+def test_bad_input_is_named():
+    model = ours()
+    with pytest.raises(ValueError, match=r"sequences of 2 tokens.*num_ahead=2"):
+        model.apply(variables(), jnp.zeros((1, 2), jnp.int32), method="hidden_ahead")
+    hidden, tokens = jnp.zeros((1, 3, WIDTH)), jnp.zeros((1, 3), jnp.int32)
+    for number in (-1, AHEAD):
+        with pytest.raises(ValueError, match=rf"number={number} and the model num_ahead=2"):
+            model.apply(variables(), hidden, tokens, number, method="predict_ahead")
+    batch = {"tokens": tokens, "targets": tokens[:, 1:]}
+    with pytest.raises(ValueError, match=r"DeepseekV3: batch\['tokens'\] is \(1, 3\)"):
+        model.loss(variables()["params"], batch, jax.random.key(0))
