@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +96,8 @@ def train_language_model(
     Returns:
       The variables, and how long their training took in seconds, compilation left out.
     """
+    if config.steps < 1:
+        raise ValueError(f"steps={config.steps} must be at least 1")
     optimizer = training.adamw(
         config.learning_rate,
         steps=config.steps,
@@ -180,20 +182,37 @@ def bits_per_byte(
         loss, _ = ops.chunked_cross_entropy(hidden, kernel, batch["targets"], weights)
         return loss * jnp.sum(weights)
 
-    chosen = np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))
     total, length = 0.0, 0
-    for part in np.array_split(chosen, -(-len(chosen) // batch_size)):
-        batch = windows.batch(part, np.random.default_rng(0))
+    for batch in _judged(windows, count, batch_size):
         total += float(nats(variables, batch))
-        length += _count_bytes(batch, tokenizer)
+        length += sum(map(len, _target_bytes(batch, tokenizer)))
     return total / length / np.log(2)
 
 
-def _count_bytes(batch: Mapping[str, np.ndarray], tokenizer: data.Tokenizer | None) -> int:
-    """Those of all real targets."""
+def held_out_bytes(
+    windows: data.Dataset, *, tokenizer: data.Tokenizer | None = None, count: int = 64
+) -> list[bytes]:
+    """The texts that `bits_per_byte` judges by, a window each."""
+    batches = _judged(windows, count, batch_size=1)
+    return [text for batch in batches for text in _target_bytes(batch, tokenizer)]
+
+
+def _judged(windows: data.Dataset, count: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Windows evenly spaced, in batches that differ by one in size at most."""
+    chosen = np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))
+    for part in np.array_split(chosen, -(-len(chosen) // batch_size)):
+        yield windows.batch(part, np.random.default_rng(0))
+
+
+def _target_bytes(
+    batch: Mapping[str, np.ndarray], tokenizer: data.Tokenizer | None
+) -> Iterator[bytes]:
+    """The text of all real targets, window by window."""
     targets = batch["targets"]
-    weights = batch.get("weights", np.ones(targets.shape))
-    if tokenizer is None:
-        return int(np.count_nonzero(weights))
-    pairs = zip(targets, weights, strict=True)
-    return sum(len(tokenizer.decode(row[real > 0]).encode()) for row, real in pairs)
+    for row, weights in zip(targets, batch.get("weights", np.ones(targets.shape)), strict=True):
+        real = row[weights > 0]
+        yield (
+            real.astype(np.uint8).tobytes()
+            if tokenizer is None
+            else tokenizer.decode(real).encode()
+        )

@@ -18,7 +18,7 @@ _PUBLIC = {
     "load_pretrained": "jaxmodels.weights",
     "save_pretrained": "jaxmodels.weights",
 }
-_ROOMS = ("data", "layers", "metrics", "models", "ops", "training", "weights")
+_ROOMS = ("data", "decoding", "layers", "metrics", "models", "ops", "training", "weights")
 
 __all__ = [*_PUBLIC, *_ROOMS]
 

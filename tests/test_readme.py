@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_python_examples_run():
-    sampling, backbone, detector, mixing = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    sampling, backbone, detector, language, mixing = examples
     assert len([line for line in sampling.splitlines() if line.strip()]) <= 10
     names = {}
     exec(mixing, names)
@@ -22,6 +23,9 @@ def test_python_examples_run():
     assert {name: -(-65 // m.shape[1]) for name, m in names["maps"].items()} == strides
     exec(detector, names)
     assert names["boxes"].shape == (1, 100, 4) and names["valid"].shape == (1, 100)
+    exec(language, names)
+    assert names["found"].tokens.shape == (2, 5)
+    np.testing.assert_array_equal(names["same"].tokens, names["found"].tokens)
     exec(sampling, names)
     assert names["images"].shape == (10, 8, 8, 1)
     # A fresh DiT is the zero field, so sampling leaves the noise where it is.

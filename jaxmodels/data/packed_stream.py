@@ -63,7 +63,8 @@ class _PackedIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._length, self._window, self._long = length, window, long
         self._number, self._row = 0, 0
-        self._start = parent.get_state()
+        # Where the window begins; a copy, since the parent may go on with its own.
+        self._start = copy.deepcopy(parent.get_state())
         self._rows: dict[str, np.ndarray] | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:

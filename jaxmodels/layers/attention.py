@@ -21,7 +21,8 @@ class Attention(nn.Module):
     The parameters are `q`, `k`, `v` and `out`, each a `kernel` (in, heads *
     head_dim) and a `bias`, and `q_norm` and `k_norm` over one head with
     QK-norm, as most checkpoints have them. The three input projections are one
-    matrix product nevertheless, which is a fifth faster in training.
+    matrix product nevertheless, which is a fifth faster in training; except for a
+    single token, as in decoding, where joining the kernels costs more than the product.
 
     Attributes:
       num_heads, num_kv_heads: query heads, and key/value heads (as many if None).
@@ -111,17 +112,21 @@ class Attention(nn.Module):
         kv_heads = self.num_kv_heads or self.num_heads
         heads = {"q": self.num_heads, "k": kv_heads, "v": kv_heads}
         inits = {"q": self.q_init or self.kernel_init, "k": self.kernel_init, "v": self.kernel_init}
-        weights = [
-            _Weights(count * head_dim, self.use_bias, inits[name], name=name)(x.shape[-1])
+        weights = {
+            name: _Weights(count * head_dim, self.use_bias, inits[name], name=name)(x.shape[-1])
             for name, count in heads.items()
-        ]
-        kernel, bias = (jnp.concatenate(parts, -1) for parts in zip(*weights, strict=True))
+        }
+        if x.shape[-2] == 1:
+            parts = [self._product(x, *weights[name]) for name in heads]
+        else:
+            joined = (jnp.concatenate(pair, -1) for pair in zip(*weights.values(), strict=True))
+            ends = [self.num_heads * head_dim, (self.num_heads + kv_heads) * head_dim]
+            parts = jnp.split(self._product(x, *joined), ends, axis=-1)
+        return [part.reshape(*x.shape[:-1], -1, head_dim) for part in parts]
+
+    def _product(self, x: Array, kernel: Array, bias: Array) -> Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        mixed = linear(x, kernel, bias if self.use_bias else None)
-        ends = [self.num_heads * head_dim, (self.num_heads + kv_heads) * head_dim]
-        return [
-            part.reshape(*x.shape[:-1], -1, head_dim) for part in jnp.split(mixed, ends, axis=-1)
-        ]
+        return linear(x, kernel, bias if self.use_bias else None)
 
     def _even_split(self, width: int) -> int:
         if width % self.num_heads:

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxmodels.registry import module_fields
-from jaxmodels.weights import deepseek_v3, dit, gpt2, llama, resnet, swin, vit
+from jaxmodels.weights import deepseek_v3, dit, gpt2, llama, mixtral, resnet, swin, vit
 from jaxmodels.weights.family import Family
 from jaxmodels.weights.folder import find_folder, open_tensors, read_config, write_folder
 from jaxmodels.weights.preprocess import Preprocessing, preprocessing_config
@@ -32,7 +32,8 @@ from jaxmodels.weights.torchvision_detection import (
 from jaxmodels.weights.torchvision_detection import torchvision_images as torchvision_images
 
 _FAMILIES = (dit.FAMILY, vit.VIT, vit.DINOV2, swin.SWIN, swin.SWIN_V2, resnet.RESNET)
-_FAMILIES += (gpt2.GPT2_FAMILY, llama.LLAMA, llama.QWEN3, deepseek_v3.DEEPSEEK_V3)
+_FAMILIES += (gpt2.GPT2_FAMILY, llama.LLAMA, llama.QWEN3)
+_FAMILIES += (mixtral.MIXTRAL, deepseek_v3.DEEPSEEK_V3)
 
 
 def load_pretrained(

@@ -31,6 +31,9 @@ PARAMETERS = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_14b": 14_768_307_200,
     "qwen3_32b": 32_762_123_264,
+    "mixtral_8x7b": 46_702_792_704,
+    "mixtral_8x22b": 140_620_634_112,
+    "deepseek_v3": 671_026_404_352,
 }
 SMALL = {
     "width": 24,
@@ -40,6 +43,18 @@ SMALL = {
     "head_dim": 6,
     "mlp_width": 41,
     "vocab_size": VOCAB,
+    "dense_depth": 1,
+    "q_rank": 13,
+    "kv_rank": 11,
+    "nope_dim": 5,
+    "rope_dim": 6,
+    "value_dim": 7,
+    "expert_width": 17,
+    "num_experts": 6,
+    "groups": 3,
+    "top_groups": 2,
+    "top_k": 3,
+    "capacity_factor": None,
 }
 
 
@@ -70,15 +85,18 @@ def apply(name):
 
 
 def test_all_families_are_registered():
-    assert {*FAMILIES} >= {"GPT2", "Llama", "Qwen3"}
+    assert {*FAMILIES} >= {"GPT2", "Llama", "Qwen3", "Mixtral", "DeepseekV3"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_as_many_as_published(name):
-    """Blocks are alike, so that one and two of them tell the size of all."""
-    one, two = (count_parameters(jaxmodels.create_model(name, depth=depth)) for depth in (1, 2))
-    depth = jaxmodels.create_model(name).depth
-    assert one + (depth - 1) * (two - one) == PARAMETERS[name]
+    """Blocks are alike but for the first ones, so that two depths tell the size of all."""
+    model = jaxmodels.create_model(name)
+    # The module that looks ahead is not counted.
+    extra = {"num_ahead": 0} if hasattr(model, "num_ahead") else {}
+    first = getattr(model, "dense_depth", 0) + 1
+    one, two = (count_parameters(model.clone(depth=first + i, **extra)) for i in range(2))
+    assert one + (model.depth - first) * (two - one) == PARAMETERS[name]
 
 
 def count_parameters(model):
@@ -88,7 +106,8 @@ def count_parameters(model):
 
 @pytest.mark.parametrize("name", FAMILIES.values())
 def test_shapes_of_logits_loss_and_state(name):
-    model = jaxmodels.create_model(name, depth=2)
+    model = jaxmodels.create_model(name)
+    model = model.clone(depth=getattr(model, "dense_depth", 0) + 2)
     variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     model_state = {kind: tree for kind, tree in variables.items() if kind != "params"}
     assert "losses" not in model_state

@@ -155,6 +155,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"set_state got the keys \['next_batch'\], not 'parent'"):
         iter(stream()).set_state({"next_batch": 3})
     closed = iter(stream())
+    next(closed)
     closed.close()
     with pytest.raises(ValueError, match="closed"):
         next(closed)

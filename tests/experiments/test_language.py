@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _language import bits_per_byte, text_sets, train_language_model
+from _language import bits_per_byte, held_out_bytes, text_sets, train_language_model
 
 from jaxmodels import data
 from jaxmodels.models.language.decoder import Decoder
@@ -64,7 +64,7 @@ def test_library_documents_can_be_tokenized():
 
 def test_bits_of_a_model_that_knows_nothing_are_eight(tmp_path):
     """All rows of the table alike: each of 256 bytes has the same probability."""
-    variables = MODEL.init(jax.random.key(0), jnp.zeros((1, 2), int))
+    variables = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), int))
     alike = {"embedding": jnp.ones((256, 16))}
     variables = {"params": {**variables["params"], "embed": alike}}
     windows = data.ByteWindows(np.arange(100, dtype=np.uint8), 7)
@@ -79,9 +79,17 @@ def test_bits_of_a_model_that_knows_nothing_are_eight(tmp_path):
     assert counted == pytest.approx(8 * (2 + 17 + 0 + 3) / (2 + 3 + 16))
 
 
+def test_texts_that_are_judged():
+    windows = data.ByteWindows(np.frombuffer(b"abcdefghij", np.uint8), 3)
+    assert held_out_bytes(windows, count=2) == [b"bcd", b"hij"]
+    documents = data.tokenize(["abc", "defg"], data.ByteTokenizer())
+    padded = data.pad_documents(documents, 5)
+    assert held_out_bytes(padded, tokenizer=data.ByteTokenizer()) == [b"bc", b"efg"]
+
+
 def test_packed_documents_are_judged_apart():
     """A sequence of two documents costs what the two cost alone."""
-    variables = MODEL.init(jax.random.key(0), jnp.zeros((1, 2), int))
+    variables = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), int))
     documents = data.tokenize(["a text", "and another"], data.ByteTokenizer())
     together = bits_per_byte(MODEL, variables, data.pack_documents(documents, 17))
     apart = bits_per_byte(MODEL, variables, data.pad_documents(documents, 17))
@@ -92,7 +100,7 @@ def test_training_learns_goes_on_and_starts_anywhere(tmp_path):
     train_set = data.ByteWindows(np.frombuffer(b"abcab" * 200, np.uint8), 13)
     variables, seconds = train_language_model(Config(), MODEL, train_set, tmp_path / "a")
     learnt = bits_per_byte(MODEL, variables, train_set)
-    assert 0 < seconds and learnt < 7
+    assert seconds > 0 and learnt < 7
     again, longer = train_language_model(Config(), MODEL, train_set, tmp_path / "a")
     assert longer >= seconds
     jax.tree.map(np.testing.assert_array_equal, again, variables)

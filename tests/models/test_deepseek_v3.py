@@ -24,7 +24,6 @@ BATCH, LENGTH, VOCAB, WIDTH, DEPTH, AHEAD = 2, 19, 37, 22, 2, 2
 HEADS, Q_RANK, KV_RANK, NOPE, ROPE, VALUE = 3, 13, 11, 5, 6, 7
 DENSE, EXPERT, EXPERTS, GROUPS, SHARED = 29, 17, 6, 3, 2
 WEIGHT = 0.7
-BLOCK_NORMS = {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 # What the training step reports of any loss.
 COMMON = ("loss", "grad_norm", "first_nonfinite")
 
@@ -120,10 +119,8 @@ def tree(model, read=lambda weight: weight.detach()):
             ours: {"kernel": array(getattr(parent, name).weight).T} for ours, name in names.items()
         }
 
-    def norms(parent, names):
-        return {
-            ours: {"scale": array(getattr(parent, name).weight)} for ours, name in names.items()
-        }
+    def norm(layer):
+        return {"scale": array(layer.weight)}
 
     gated = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     attention = {"q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa"}
@@ -142,26 +139,31 @@ def tree(model, read=lambda weight: weight.detach()):
         }
 
     def block(layer):
-        latents = norms(layer.self_attn, {"q_norm": "q_a_layernorm", "kv_norm": "kv_a_layernorm"})
+        latents = {
+            "q_norm": norm(layer.self_attn.q_a_layernorm),
+            "kv_norm": norm(layer.self_attn.kv_a_layernorm),
+        }
         return {
-            **norms(
-                layer, {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-            ),
+            "mixer_norm": norm(layer.input_layernorm),
+            "mlp_norm": norm(layer.post_attention_layernorm),
             "mixer": latents | linears(layer.self_attn, attention),
             "mlp": experts(layer.mlp),
         }
 
-    params = {"embed": {"embedding": array(model.model.embed_tokens.weight)}}
-    params |= norms(model.model, {"final_norm": "norm"}) | linears(model, {"head": "lm_head"})
+    params = {
+        "embed": {"embedding": array(model.model.embed_tokens.weight)},
+        "final_norm": norm(model.model.norm),
+        **linears(model, {"head": "lm_head"}),
+    }
     for i, layer in enumerate(model.model.layers):
         params[f"block_{i}"] = block(layer)
     for i, layer in enumerate(model.ahead):
         params[f"ahead_{i}"] = {
             "block": block(layer.mtp_block),
+            "embed_norm": norm(layer.enorm),
+            "hidden_norm": norm(layer.hnorm),
+            "final_norm": norm(layer.post_norm),
             **linears(layer, {"project": "eh_proj"}),
-            **norms(
-                layer, {"embed_norm": "enorm", "hidden_norm": "hnorm", "final_norm": "post_norm"}
-            ),
         }
     return params
 
@@ -184,16 +186,18 @@ def draw(length=LENGTH + 1):
     return np.random.default_rng(1).integers(0, VOCAB, (BATCH, length))
 
 
-def their_hidden(model, tokens):
+def their_hidden(tokens, stride=1):
     """Hidden states of the model and of each module, of one text (1, T)."""
-    found = [model.model(tokens).last_hidden_state]
+    model = theirs()
+    places = stride * torch.arange(tokens.shape[1])[None]
+    seen = torch.ones_like(tokens)  # without it, a gap between positions is a border to them
+    found = [model.model(tokens, attention_mask=seen, position_ids=places).last_hidden_state]
     for k, module in enumerate(model.ahead[: tokens.shape[1] - 1], 1):
-        embedded = model.model.embed_tokens(tokens[:, k:])
-        places = torch.arange(embedded.shape[1])[None]
-        hidden = torch.ones(places.shape[1], places.shape[1], dtype=torch.bool).triu(1)
+        embedded, at = model.model.embed_tokens(tokens[:, k:]), places[:, :-k]
+        hidden = torch.ones(at.shape[1], at.shape[1], dtype=torch.bool).triu(1)
         mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None, None]
-        angles = model.model.rotary_emb(embedded, places)
-        found.append(module(embedded, found[-1][:, :-1], angles, mask, places, None))
+        angles = model.model.rotary_emb(embedded, at)
+        found.append(module(embedded, found[-1][:, :-1], angles, mask, at, None))
     return found
 
 
@@ -215,26 +219,26 @@ def test_parameters_and_state_are_named_as_documented():
 
 
 def test_logits_and_those_of_the_modules():
+    """At positions with gaps, which matter to every block."""
     tokens = draw(LENGTH)
     with torch.no_grad():
-        rows = [their_hidden(theirs(), torch.from_numpy(row[None])) for row in tokens]
+        rows = [their_hidden(torch.from_numpy(row[None]), stride=3) for row in tokens]
         want = [
             np.concatenate([theirs().lm_head(row[k]).numpy() for row in rows])
             for k in range(AHEAD + 1)
         ]
-        logits = theirs()(torch.from_numpy(tokens)).logits.numpy()
     model = ours()
+    places = jnp.broadcast_to(3 * jnp.arange(LENGTH), tokens.shape)
 
     @jax.jit
     def run(variables, tokens):
-        hidden = model.apply(variables, tokens, method="hidden_ahead")
-        return model.apply(variables, tokens)[0], [
-            model.apply(variables, h, method="logits") for h in hidden
-        ]
+        hidden = model.apply(variables, tokens, places, method="hidden_ahead")
+        ahead = [model.apply(variables, h, method="logits") for h in hidden]
+        return model.apply(variables, tokens, places)[0], ahead
 
     found, ahead = run(variables(), jnp.asarray(tokens))
     assert found.dtype == jnp.float32
-    assert_close((found, ahead), (logits, want))
+    assert_close((found, ahead), (want[0], want))
 
 
 # Inputs of the documents in each row; their targets follow them.
@@ -261,7 +265,7 @@ def test_the_training_loss_and_its_gradients(layout):
             if target_weights is not None:
                 weights = torch.from_numpy(target_weights[row, end - length : end])
             part = torch.from_numpy(part[None])
-            for k, hidden in enumerate(their_hidden(model, part[:, :-1])):
+            for k, hidden in enumerate(their_hidden(part[:, :-1])):
                 lost = torch.nn.functional.cross_entropy(
                     model.lm_head(hidden)[0], part[0, k + 1 :], reduction="none"
                 )
@@ -299,7 +303,7 @@ def test_cached_is_uncached():
     """The model and a module over it, fed the prompt and then token by token."""
     model, tokens = ours(), jnp.asarray(draw())
     with torch.no_grad():
-        rows = [their_hidden(theirs(), torch.from_numpy(row[None, :-1])) for row in draw()]
+        rows = [their_hidden(torch.from_numpy(row[None, :-1])) for row in draw()]
         want = [np.concatenate([row[k].numpy() for row in rows]) for k in range(AHEAD + 1)]
 
     @jax.jit
@@ -346,20 +350,34 @@ def test_training_lowers_the_loss_and_moves_the_biases():
 
 def test_without_modules_the_loss_is_the_models():
     model = ours(num_ahead=0)
-    start = variables()
+    start = jax.tree.map(jnp.asarray, variables())
     params = {name: value for name, value in start["params"].items() if "ahead" not in name}
     router = {name: value for name, value in start["router"].items() if "ahead" not in name}
-    tokens, targets = jnp.asarray(draw()[:, :-1]), jnp.asarray(draw()[:, 1:])
-    loss, terms, _ = jax.jit(model.loss)(
-        params, {"tokens": tokens, "targets": targets}, jax.random.key(0), {"router": router}
+    batch = {"tokens": jnp.asarray(draw()[:, :-1]), "targets": jnp.asarray(draw()[:, 1:])}
+    loss, terms, _ = jax.jit(functools.partial(model.loss, z_loss=0.1))(
+        params, batch, jax.random.key(0), {"router": router}
     )
     with torch.no_grad():
-        logits = theirs()(torch.from_numpy(draw()[:, :-1])).logits
-        want = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.from_numpy(draw()[:, 1:]).flatten()
-        )
+        logits = theirs()(torch.from_numpy(draw()[:, :-1])).logits.flatten(0, 1)
+        want = torch.nn.functional.cross_entropy(logits, torch.from_numpy(draw()[:, 1:]).flatten())
+        want = want + 0.1 * logits.logsumexp(-1).square().mean()
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert "cross_entropy" in terms and "cross_entropy_2" not in terms
+
+
+def test_options_of_the_attention_reach_every_layer():
+    options = {"attention_scale": 0.7, "rope_magnitude": 1.3, "rope_layout": "half"}
+    for mixer in ours(**options).mixers():
+        assert (mixer.scale, mixer.magnitude, mixer.position.layout) == (0.7, 1.3, "half")
+
+
+def test_a_tied_table_is_the_output_matrix():
+    model = ours(tied=True)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    assert "head" not in params and "head" in variables()["params"]
+    table = variables()["params"]["embed"]["embedding"]
+    np.testing.assert_array_equal(model.output_kernel({"embed": {"embedding": table}}), table.T)
 
 
 def test_the_published_size():

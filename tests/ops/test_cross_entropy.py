@@ -85,12 +85,15 @@ def test_without_a_gradient_and_without_weights():
 
 
 def test_terms_have_no_gradient():
-    hidden, kernel, targets, _ = (jnp.asarray(x) for x in example((5,)))
+    hidden, kernel, targets, weights = (jnp.asarray(x) for x in example((5,)))
 
-    def terms(hidden):
-        return sum(chunked_cross_entropy(hidden, kernel, targets, z_loss=0.1)[1].values())
+    def terms(*args):
+        hidden, kernel, weights = args
+        loss = chunked_cross_entropy(hidden, kernel, targets, weights, z_loss=0.1)
+        return sum(loss[1].values())
 
-    np.testing.assert_array_equal(jax.jit(jax.grad(terms))(hidden), 0)
+    for gradient in jax.jit(jax.grad(terms, argnums=(0, 1, 2)))(hidden, kernel, weights):
+        np.testing.assert_array_equal(gradient, 0)
 
 
 def test_targets_of_no_weight_may_be_anything():
@@ -172,13 +175,15 @@ def test_vmap_is_a_loop():
 
 
 def test_bfloat16_sums_in_float32():
-    """Rounding the logits themselves would cost about 1 percent of the loss."""
+    """As far as a compiler does not do so of its own accord, on the CPU for instance."""
     hidden, kernel, targets, weights = example((211,))
     short = [jnp.asarray(x, jnp.bfloat16) for x in (hidden, kernel)]
     rounded = [np.asarray(x, np.float32) for x in short]
     expected = by_torch(*rounded, targets, weights, 0.0)
     loss, _, gradients = ours(*short, targets, weights, chunk_size=16)
     assert loss.dtype == jnp.float32
+    program = str(jax.make_jaxpr(lambda h, k: ours(h, k, targets, weights))(*short))
+    assert program.count("preferred_element_type=float32") == 2  # logits, gradient of the kernel
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
     for gradient, reference in zip(gradients[:2], expected[2], strict=False):
         assert gradient.dtype == jnp.bfloat16

@@ -65,6 +65,11 @@ def deepseek_config(**changes):
     return transformers.DeepseekV3Config(**{**SIZES, **rope("default"), **sizes, **changes})
 
 
+def mixtral_config(**changes):
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    return transformers.MixtralConfig(**{**SIZES, **rope("default"), **experts, **changes})
+
+
 def rope_with_magnitudes(mscale, all_dim):
     return {
         "rope_parameters": {**YARN["rope_parameters"], "mscale": mscale, "mscale_all_dim": all_dim}
@@ -87,6 +92,8 @@ CONFIGS = {
     ),
     "deepseek_v3 with one magnitude": lambda: deepseek_config(**YARN),
     "deepseek_v3 as published": lambda: deepseek_config(**rope_with_magnitudes(1.0, 1.0)),
+    "mixtral": lambda: mixtral_config(),
+    "mixtral with a window": lambda: mixtral_config(sliding_window=5, router_aux_loss_coef=0.03),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, **rope("default"), head_dim=10),
 }
 
