@@ -8,7 +8,9 @@ import warnings
 
 import grain
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from jaxmodels.data import ByteTokenizer, TokenDocuments, read_documents, tokenize
 
@@ -118,45 +120,21 @@ def test_nothing_to_read_is_named(tmp_path):
             list(read_documents(tmp_path, split=part))
 
 
-class Table:
-    """Stands for pyarrow's ParquetFile: one column of bytes in two batches."""
-
-    def __init__(self, file):
-        if file.read_bytes() != b"PAR1":
-            raise ValueError("magic bytes\nnot found")
-        self.schema_arrow = types.SimpleNamespace(names=["text", "id"])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def iter_batches(self, columns):
-        assert columns == ["text"]
-        for rows in ([b"a", None], [b"\xff", "ß".encode()]):
-            column = types.SimpleNamespace(
-                cast=lambda kind, rows=rows: {"binary": types.SimpleNamespace(to_pylist=rows.copy)}[
-                    kind
-                ]
-            )
-            yield types.SimpleNamespace(column=[column].__getitem__)
-
-
-def test_rows_of_parquet_files(tmp_path, monkeypatch):
-    parquet = types.SimpleNamespace(ParquetFile=Table)
-    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+def test_rows_of_parquet_files(tmp_path):
+    rows = pyarrow.array([b"a", None, b"\xff", "ß".encode()], pyarrow.binary())
+    table = pyarrow.table({"text": rows, "id": [1, 2, 3, 4]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
     (tmp_path / "b.parquet").write_bytes(b"PAR2")
     message = (
         r"skipped 3 of 5 documents: a.parquet:2 \(null\); a.parquet:3 \(not UTF-8: byte 0 is 0xff"
-        r"\); b.parquet:1 \(magic bytes not found\)"
+        r"\); b.parquet:1 \("
     )
     with pytest.warns(UserWarning, match=message):
         assert list(read_documents(tmp_path)) == ["a", "ß"]
     with pytest.raises(ValueError, match=r"no column 'code' among \['text', 'id'\]"):
         list(read_documents(tmp_path / "a.parquet", field="code"))
+    parquet.write_table(pyarrow.table({"code": ["x", "é"]}), tmp_path / "c.parquet")
+    assert list(read_documents(tmp_path / "c.parquet", field="code")) == ["x", "é"]
 
 
 def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
