@@ -12,8 +12,9 @@ Measured  1. The caches of both published models, counted from this package's ow
           bytes of cache a token, held-out bits per byte, and tokens a second with a
           long context in the cache, in batches of equal size, and in batches that
           take equal memory, which is how the paper gets its speed. Heads are many and
-          narrow, so that latent sizes of the paper's proportions (4 and 1/2 heads)
-          are 7 % of the multi-head cache here as well.
+          narrow, so that a latent as wide as 4 heads, as the paper has it, is a small
+          part of the multi-head cache here as well. The rotary key is a whole head:
+          half of one, as in the paper, would be 8 channels, and too few to learn from.
           Every cache holds keys before rotation and turns them each step, which costs
           multi-head attention most; so it is timed without rotation as well.
 Run       python experiments/latent_attention.py              (about 8 min on 2 CPU cores)
@@ -109,7 +110,7 @@ def decoder(config: Config, name: str, mlp_width: int | None = None, **options) 
         sizes = {
             "kv_rank": 4 * config.head_dim,
             "nope_dim": config.head_dim,
-            "rope_dim": config.head_dim // 2,
+            "rope_dim": config.head_dim,
             "value_dim": config.head_dim,
         }
     else:

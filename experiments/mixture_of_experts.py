@@ -43,19 +43,19 @@ class Config:
 
     data: Path | None = None
     """A text, a .jsonl or .parquet file or a folder of them; by default the standard library."""
-    width: int = 128
-    depth: int = 4
+    width: int = 96
+    depth: int = 2
     num_heads: int = 4
     num_experts: int = 16
     top_k: int = 3
     """Experts that a token sees, beside one that all tokens share."""
-    expert_width: int = 96
+    expert_width: int = 72
     """Of one expert's feed-forward; the dense one is as wide as those that a token sees."""
     bias_rate: float = 0.003
     balance_coefficient: float = 0.01
-    length: int = 256
+    length: int = 128
     """Bytes of a training sequence."""
-    batch_size: int = 8
+    batch_size: int = 16
     steps: int = 500
     held_out_windows: int = 128
     learning_rate: float = 3e-3
@@ -206,12 +206,8 @@ def draw_figure(folder: Path, found: dict[str, dict[str, Any]]) -> None:
             worst = loads[np.argmax(loads.max(axis=-1))]
             lines[name] = (np.arange(1, len(worst) + 1), np.sort(worst)[::-1] / worst.mean())
     plots.curve(left, lines, "experts of the worst layer, in order", "load / mean load")
-    for name, figures in found.items():
-        right.scatter(figures["seconds"], figures["bits"])
-        place = (figures["seconds"], figures["bits"])
-        right.annotate(name, place, xytext=(5, 5), textcoords="offset points")
-    right.set_xlabel("training, seconds")
-    right.set_ylabel("bits per byte, held out")
+    points = {name: ([figures["seconds"]], [figures["bits"]]) for name, figures in found.items()}
+    plots.curve(right, points, "training, seconds", "bits per byte, held out")
     plots.save_figure(figure, folder / "figure.png")
 
 

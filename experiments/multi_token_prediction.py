@@ -149,7 +149,7 @@ def conclude(config: Config, bits, seconds, steps, memory: dict[str, float]) -> 
 
 def draw_figure(folder: Path, bits: dict[str, float], seconds: dict[str, float]) -> None:
     """What a byte of unseen text costs after how much training."""
-    figure = plots.new_figure(width=7, height=5)
+    figure = plots.new_figure(width=7.0, height=5.0)
     points = {name: ([seconds[name]], [bits[name]]) for name in bits}
     plots.curve(figure.subplots(), points, "seconds of training", "bits a byte, held out")
     plots.save_figure(figure, folder / "figure.png")

@@ -14,7 +14,7 @@ Measured  A byte-level decoder is trained on the standard library's source and m
           Tokens a second after the first call, tokens a round, and how often the first
           guess was accepted. Ways take turns prompt by prompt, so that a busy machine is
           as slow for all.
-Run       python experiments/speculative_decoding.py           (some 30 min on 2 CPU cores)
+Run       python experiments/speculative_decoding.py           (some 25 min on 2 CPU cores)
           python experiments/speculative_decoding.py --data my_text.txt
           python experiments/speculative_decoding.py --help
 """
@@ -53,7 +53,7 @@ class Config:
 
     data: Path | None = None
     """Text file, or folder of them, .jsonl or .parquet; by default Python's standard library."""
-    width: int = 320
+    width: int = 256
     depth: int = 6
     heads: int = 4
     """Tokens that are predicted at each place, by heads trained with the model."""
@@ -62,9 +62,9 @@ class Config:
     length: int = 256
     """Bytes of a training sequence."""
     batch_size: int = 8
-    steps: int = 700
-    draft_steps: int = 1500
-    medusa_steps: int = 400
+    steps: int = 600
+    draft_steps: int = 1200
+    medusa_steps: int = 300
     medusa_heads: int = 4
     tree_size: int = 16
     """Guesses of Medusa's tree."""
@@ -73,8 +73,8 @@ class Config:
     ngram_length: int = 8
     """Guesses of prompt look-up a round."""
     prompts: int = 8
-    prompt_length: int = 128
-    new_tokens: int = 256
+    prompt_length: int = 64
+    new_tokens: int = 192
     temperature: float = 0.7
     """Of drawn text."""
     typical: tuple[float, float] = (0.09, 0.3)
@@ -126,9 +126,11 @@ def check(config: Config) -> None:
     for name in ("steps", "draft_steps", "medusa_steps", "prompts", "new_tokens", "draft_length"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if not 0 < config.prompt_length <= config.length:
+    if not 0 < config.prompt_length <= config.length - config.new_tokens:
         raise ValueError(
-            f"prompt_length={config.prompt_length} must be in [1, length={config.length}]"
+            f"prompt_length={config.prompt_length} must be positive, and with "
+            f"new_tokens={config.new_tokens} no more than length={config.length}, beyond which "
+            f"the model has seen nothing"
         )
     if config.heads < 2 or config.temperature <= 0:
         raise ValueError(

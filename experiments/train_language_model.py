@@ -27,8 +27,15 @@ import numpy as np
 from _language import bits_per_byte, held_out_bytes, text_sets, train_language_model
 from mixer_language_model import decoder
 
-from jaxmodels import create_model, data, decoding, load_pretrained, plots, save_pretrained
-from jaxmodels import training as training_room
+from jaxmodels import (
+    create_model,
+    data,
+    decoding,
+    load_pretrained,
+    plots,
+    save_pretrained,
+    training,
+)
 from jaxmodels.models.language.language_model import LanguageModel
 from jaxmodels.training.experiment import Result, run
 from jaxmodels.training.logging import read_metrics
@@ -104,9 +111,9 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 def load_model(config: Config) -> tuple[LanguageModel, dict | None, data.Tokenizer | None]:
     """The model, the variables it starts from or None, and its tokenizer or None for bytes."""
-    dtype = training_room.compute_dtype(config.precision)
+    dtype = training.compute_dtype(config.precision)
     if config.pretrained:
-        return load_folder(config.pretrained, dtype)
+        return load_folder(config, dtype)
     if config.model == "decoder":
         return decoder(config, config.mixer), None, None
     if config.mixer != "softmax":
@@ -117,11 +124,14 @@ def load_model(config: Config) -> tuple[LanguageModel, dict | None, data.Tokeniz
     return create_model(name, **sizes(config), **fields(config), dtype=dtype), None, None
 
 
-def load_folder(folder: str, dtype: Any) -> tuple[LanguageModel, dict, data.Tokenizer | None]:
+def load_folder(config: Config, dtype: Any) -> tuple[LanguageModel, dict, data.Tokenizer | None]:
     """A model of `transformers`; one of 256 tokens without a tokenizer reads bytes."""
+    folder = config.pretrained
     model, variables = load_pretrained(folder, dtype=dtype)
     if not isinstance(model, LanguageModel):
         raise ValueError(f"pretrained={folder}: a {type(model).__name__} is no language model")
+    if model.context is not None and config.length > model.context:
+        raise ValueError(f"length={config.length} exceeds the model's context of {model.context}")
     reads_bytes = model.vocab_size == 256 and not (Path(folder) / "tokenizer.json").exists()
     return model, variables, None if reads_bytes else data.load_tokenizer(folder)
 
@@ -153,7 +163,7 @@ def _latent(config: Config) -> dict[str, Any]:
         "q_rank": None,
         "kv_rank": config.width // 2,
         "nope_dim": head_dim,
-        "rope_dim": head_dim // 2 * 2,
+        "rope_dim": head_dim,
         "value_dim": head_dim,
         "num_experts": 8,
         "top_k": 2,
@@ -257,7 +267,7 @@ def draw_figure(folder: Path, bits: dict[str, float]) -> None:
         record for record in read_metrics(folder / "metrics.jsonl") if "cross_entropy" in record
     ]
     steps, losses = ([record[name] for record in records] for name in ("step", "cross_entropy"))
-    figure = plots.new_figure(width=12, height=5)
+    figure = plots.new_figure(width=12.0, height=5.0)
     left, right = figure.subplots(1, 2)
     lines = {"training": (steps, [loss / np.log(2) for loss in losses])}
     plots.curve(left, lines, "training, step", "bits a token")

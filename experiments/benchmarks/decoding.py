@@ -43,22 +43,39 @@ def prompts(case: str) -> np.ndarray:
 
 
 def ours(case: str, stream: Callable | None = None) -> Callable[[], None]:
-    """jaxmodels."""
+    """jaxmodels on one device, which reads matrices on one core at batch 1."""
+    return _jaxmodels(case, 1, stream)
+
+
+def ours_per_core(case: str) -> Callable[[], None]:
+    """jaxmodels on a device for each core, the parameters split between them."""
+    return _jaxmodels(case, THREADS)
+
+
+def _jaxmodels(case: str, devices: int, stream: Callable | None = None) -> Callable[[], None]:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
     from jaxmodels import cpu, training
 
     cpu.tune()
     training.enable_compilation_cache()
     import jax
     import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
 
     from jaxmodels.decoding import generate
     from jaxmodels.models.language.gpt2 import GPT2
+    from jaxmodels.training.sharding import tree_shardings
 
     model = GPT2(**CASES[case][0])
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     # Repeated, since to draw them all takes seconds; a prime number, so that no rows are equal.
     weights = np.random.default_rng(0).normal(0, 0.02, 99_991).astype(np.float32)
-    variables = jax.tree.map(lambda leaf: jnp.asarray(np.resize(weights, leaf.shape)), shapes)
+    variables = jax.tree.map(lambda leaf: np.resize(weights, leaf.shape), shapes)
+    mesh = training.make_mesh(f"fsdp={devices}")
+    # Heads stay whole; other matrices are split along their longer axis.
+    rules = [("/(q|k|v)/kernel", PartitionSpec(None, "fsdp"))]
+    variables = jax.device_put(variables, tree_shardings(variables, mesh, rules))
     texts = prompts(case)
 
     def call():
@@ -113,10 +130,11 @@ def print_speeds(results: dict[str, dict[str, list[float]]]) -> None:
     for case, seconds in results.items():
         batch = CASES[case][1]
         middle = {name: statistics.median(times) for name, times in seconds.items()}
-        speeds = {name: batch * NEW / middle[name] for name in ("jaxmodels", "transformers")}
+        speeds = {name: batch * NEW / middle[name] for name in seconds if name != "memory"}
         line = ", ".join(f"{name} {speed:.1f} tokens/s" for name, speed in speeds.items())
         bytes_read = parameter_bytes(case)
-        shares = [NEW * m / o for m, o in zip(seconds["memory"], seconds["jaxmodels"], strict=True)]
+        pairs = zip(seconds["memory"], seconds["jaxmodels"], strict=True)
+        shares = [NEW * read / whole for read, whole in pairs]
         print(
             f"{case}: {line}; memory {bytes_read / middle['memory'] / 1e9:.1f} GB/s, of which "
             f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) are used"
@@ -157,7 +175,12 @@ class Config:
 
 def main(config: Config) -> None:
     if config.cases:
-        contenders = {"jaxmodels": ours, "transformers": transformers, "memory": memory}
+        contenders = {
+            "jaxmodels": ours,
+            "jaxmodels, a device per core": ours_per_core,
+            "transformers": transformers,
+            "memory": memory,
+        }
         with Contest(contenders) as contest:
             results = {
                 case: contest.compare(case, rounds=config.rounds, turn_seconds=1)

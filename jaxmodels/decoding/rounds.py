@@ -73,15 +73,15 @@ class _Read(NamedTuple):
     state: Any
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def generate_in_rounds(
     model: Any,
     max_new_tokens: int,
-    typical: tuple[float, float] | None,
     variables: Mapping[str, Any],
     draft: Draft,
     prompts: Prompts,
     choice: Choice,
+    typical: Float[Array, "2"] | None,
     key: Key[Array, ""] | None,
     listener: Int[Array, ""] | None,
 ) -> tuple[Int[Array, "B N"], Int[Array, "B"], Int[Array, "P"]]:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmodels.decoding.choice import make_choice
@@ -36,13 +36,13 @@ class Speculation(NamedTuple):
         return [row[:length].tolist() for row, length in rows]
 
 
-def tokens_a_round(rounds: ArrayLike) -> float:
+def tokens_a_round(rounds: Array | np.ndarray) -> float:
     """Kept guesses and the model's own token, in the mean over rounds; of a `Speculation`."""
     rounds = np.asarray(rounds)
     return 1 + float(rounds @ np.arange(len(rounds)) / max(rounds.sum(), 1))
 
 
-def acceptance(rounds: ArrayLike) -> Float[np.ndarray, "K"]:
+def acceptance(rounds: Array | np.ndarray) -> Float[np.ndarray, "K"]:
     """How often the first, second ... guess was kept where those before it were."""
     reached = np.cumsum(np.asarray(rounds)[::-1])[::-1]
     return reached[1:] / np.maximum(reached[:-1], 1)
@@ -121,10 +121,10 @@ def speculative_generate(
         key=key,
     )
     _check_draft(model, draft, joined.tokens.shape[1] + max_new_tokens)
-    _check_typical(typical, temperature)
+    bounds = _typical_bounds(typical, temperature)
     with listening(stream) as listener:
         found = generate_in_rounds(
-            model, max_new_tokens, typical, variables, draft, joined, choice, key, listener
+            model, max_new_tokens, variables, draft, joined, choice, bounds, key, listener
         )
     return Speculation(*found)
 
@@ -148,12 +148,14 @@ def _check_draft(model, draft: Draft, longest: int) -> None:
         )
 
 
-def _check_typical(typical: tuple[float, float] | None, temperature: float) -> None:
+def _typical_bounds(typical, temperature: float) -> Float[Array, "2"] | None:
+    """Epsilon and delta as traced numbers, so that others need no other program."""
     if typical is None:
-        return
+        return None
     require_within("speculative_generate", "typical", np.asarray(typical), 0, float("inf"))
     if temperature == 0:
         raise ValueError(
             f"speculative_generate: typical={typical} is a rule for drawn text, and temperature=0 "
             f"draws none; give a temperature above 0 or leave typical out"
         )
+    return jnp.asarray(typical, jnp.float32)

@@ -66,7 +66,6 @@ def _backward(kept, cotangent):
     dy = _with_room(cotangent)
 
     def expert(e, start, end, carry):
-        dx, *of_all = carry
         gate_t, up_t, down_t = gate[e].T, up[e].T, down[e].T
 
         def block(carry, at, size):
@@ -77,11 +76,10 @@ def _backward(kept, cotangent):
             hidden, pull = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
             dg, du = pull(dy_here @ down_t)
             dx = _put(dx, dg @ gate_t + du @ up_t, at)
-            return dx, d_gate + here.T @ dg, d_up + here.T @ du, d_down + hidden.T @ dy_here
+            d_gate, d_up = d_gate.at[e].add(here.T @ dg), d_up.at[e].add(here.T @ du)
+            return dx, d_gate, d_up, d_down.at[e].add(hidden.T @ dy_here)
 
-        zeros = (jnp.zeros(matrix.shape[1:], matrix.dtype) for matrix in (gate, up, down))
-        dx, *of_one = _over_blocks(start, end, len(cotangent), block, (dx, *zeros))
-        return dx, *(every.at[e].set(one) for every, one in zip(of_all, of_one, strict=True))
+        return _over_blocks(start, end, len(cotangent), block, carry)
 
     carry = tuple(jnp.zeros_like(a) for a in (x, gate, up, down))
     dx, *d_matrices = _over_experts(load, expert, carry)

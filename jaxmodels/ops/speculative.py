@@ -67,8 +67,8 @@ def accept_typical(
     probabilities: Float[Array, "B N V"],
     own: Int[Array, "B N"],
     *,
-    epsilon: float = 0.09,
-    delta: float = 0.3,
+    epsilon: float | Float[Array, ""] = 0.09,
+    delta: float | Float[Array, ""] = 0.3,
 ) -> Accepted:
     """Accepts guesses that the model finds likely enough, whatever it would have drawn.
 

@@ -106,17 +106,3 @@ def case(kind):
         "medusa tree drawn": lambda: MedusaDraft(*medusa_heads(), TREE, drawn=True),
     }
     return model, variables, drafts[kind]()
-
-
-KINDS = (
-    "itself",
-    "model",
-    "recurrent model",
-    "n-gram",
-    "module",
-    "multi_token",
-    "multi_token drawn",
-    "multi_token tree",
-    "medusa tree",
-    "medusa tree drawn",
-)

@@ -196,6 +196,16 @@ def test_streams_each_step_and_ends_when_all_rows_have():
         assert (row[length:] == NO_TOKEN).all()
 
 
+def test_what_a_listener_raises_comes_out():
+    model, variables = flat_model()
+
+    def listen(tokens):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        generate(model, variables, [[1, 2]] * 3, max_new_tokens=41, stream=listen)
+
+
 def test_compiles_anew_for_new_shapes_only():
     model, variables = flat_model()
 

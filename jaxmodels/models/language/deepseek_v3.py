@@ -249,7 +249,7 @@ class DeepseekV3(LanguageModel):
     def loss(
         self,
         params: Mapping[str, Any],
-        batch: Mapping[str, Array],
+        batch: Mapping[str, Any],
         key: Key[Array, ""],
         model_state: Mapping[str, Any] | None = None,
         *,

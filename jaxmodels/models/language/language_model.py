@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
     def loss(
         self,
         params: Mapping[str, Any],
-        batch: Mapping[str, Array],
+        batch: Mapping[str, Any],
         key: Key[Array, ""],
         model_state: Mapping[str, Any] | None = None,
         *,
@@ -207,7 +207,7 @@ class LanguageModel(nn.Module):
         return total, {**terms, **sown}, {**model_state, **changed}
 
     @nn.nowrap
-    def _require(self, batch: Mapping[str, Array]) -> None:
+    def _require(self, batch: Mapping[str, Any]) -> None:
         name = type(self).__name__
         if missing := {"tokens", "targets"} - {*batch}:
             raise ValueError(

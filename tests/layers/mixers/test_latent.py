@@ -197,18 +197,19 @@ def test_a_token_costs_its_latent_and_one_rotary_key():
     assert state.k.dtype == state.v.dtype == jnp.bfloat16
 
 
-def test_dynamic_scaling_follows_the_length_of_a_document():
-    """Beyond the trained length the rotation changes, within it nothing does."""
-    _, _, params = theirs("plain")
-    rotary = Rotary(base=500.0, layout="interleaved", scaling=DynamicNtk(train_length=17))
+def test_dynamic_scaling_follows_the_length_of_each_document():
+    """A packed document is the document alone; it turns otherwise where it is long itself."""
+    out, _, params = theirs("plain")
+    rotary = Rotary(base=500.0, layout="interleaved", scaling=DynamicNtk(train_length=13))
+    x = jnp.concatenate([draw(1)[:, :12], draw(1)], axis=1)
+    ids = jnp.asarray(np.repeat([[0, 1]] * BATCH, [12, TIME], axis=1))
     plain, dynamic = (
-        functools.partial(layer.apply, {"params": params})
+        layer.apply({"params": params}, x, segment_ids=ids)[0]
         for layer in (mixer(), mixer(position=rotary))
     )
-    x = jnp.asarray(draw(1))
-    ids = jnp.asarray(np.repeat([[0, 1]] * BATCH, [12, 17], axis=1))
-    assert_close(dynamic(x, segment_ids=ids)[0], plain(x, segment_ids=ids)[0])
-    assert np.abs(dynamic(x)[0] - plain(x)[0]).max() > 1e-2
+    assert_close(plain, np.concatenate([out[:, :12], out], axis=1))
+    assert_close(dynamic[:, :12], out[:, :12])
+    assert np.abs(dynamic[:, 12:] - out).max() > 1e-2
 
 
 def test_log_n_scaling_is_refused():
