@@ -186,7 +186,7 @@ def bits_per_byte(
     for batch in _judged(windows, count, batch_size):
         total += float(nats(variables, batch))
         length += sum(map(len, _target_bytes(batch, tokenizer)))
-    return total / length / np.log(2)
+    return float(total / length / np.log(2))
 
 
 def held_out_bytes(

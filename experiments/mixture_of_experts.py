@@ -197,7 +197,7 @@ def conclude(config: Config, found: dict[str, dict[str, Any]]) -> Result:
 
 def draw_figure(folder: Path, found: dict[str, dict[str, Any]]) -> None:
     """Loads of the experts of the worst layer in order, and bits per byte against seconds."""
-    figure = plots.new_figure(width=13, height=6)
+    figure = plots.new_figure(width=13.0, height=6.0)
     left, right = figure.subplots(1, 2)
     lines = {}
     for name, figures in found.items():

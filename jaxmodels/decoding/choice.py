@@ -131,27 +131,9 @@ def make_choice(
       ValueError: a number outside its range, a stop token outside the vocabulary,
         filters where nothing is drawn, or no key where something is.
     """
-    require_within(name, "temperature", temperature, 0, float("inf"))
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given = [option for option, value in filters.items() if value is not None]
-    if temperature == 0 and given:
-        raise ValueError(
-            f"{name}: temperature=0 takes the likeliest token, which {', '.join(given)} cannot "
-            f"change; leave them out or give a temperature above 0"
-        )
-    if temperature > 0 and key is None:
-        raise ValueError(
-            f"{name}: temperature={temperature} draws tokens, which takes key=jax.random.key(...)"
-        )
-    if top_k is not None:
-        require_within(name, "top_k", top_k, 1, float("inf"))
-    if top_p is not None:
-        require_within(name, "top_p", top_p, 0, 1, open_low=True)
-    if min_p is not None:
-        require_within(name, "min_p", min_p, 0, 1)
-    if repetition_penalty is not None:
-        penalty = repetition_penalty
-        require_within(name, "repetition_penalty", penalty, 0, float("inf"), open_low=True)
+    _check_draw(name, temperature, [f for f, value in filters.items() if value is not None], key)
+    _check_ranges(name, filters, repetition_penalty)
     stops = np.array(stop_tokens, np.int32).reshape(-1)
     require_within(name, "stop_tokens", stops, 0, vocab_size - 1)
 
@@ -166,3 +148,27 @@ def make_choice(
         repetition_penalty=traced(repetition_penalty),
         stop_tokens=jnp.asarray(stops),
     )
+
+
+def _check_draw(name: str, temperature: float, filters: list[str], key: Array | None) -> None:
+    require_within(name, "temperature", temperature, 0, float("inf"))
+    if temperature == 0 and filters:
+        raise ValueError(
+            f"{name}: temperature=0 takes the likeliest token, which {', '.join(filters)} cannot "
+            f"change; leave them out or give a temperature above 0"
+        )
+    if temperature > 0 and key is None:
+        raise ValueError(
+            f"{name}: temperature={temperature} draws tokens, which takes key=jax.random.key(...)"
+        )
+
+
+def _check_ranges(name: str, filters: dict[str, float | int | None], penalty: float | None) -> None:
+    if filters["top_k"] is not None:
+        require_within(name, "top_k", filters["top_k"], 1, float("inf"))
+    if filters["top_p"] is not None:
+        require_within(name, "top_p", filters["top_p"], 0, 1, open_low=True)
+    if filters["min_p"] is not None:
+        require_within(name, "min_p", filters["min_p"], 0, 1)
+    if penalty is not None:
+        require_within(name, "repetition_penalty", penalty, 0, float("inf"), open_low=True)

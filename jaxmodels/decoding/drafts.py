@@ -251,7 +251,7 @@ class NgramDraft:
             """Whether the token `back` before each place is the one before the text's end."""
             shifted = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)
             last = text.part(jnp.maximum(text.length - back, 0), 1)
-            return (shifted[:, : tokens.shape[1]] == last) & (back <= text.length)
+            return shifted[:, : tokens.shape[1]] == last
 
         agree = jnp.stack([same(back) for back in range(1, self.longest + 1)])
         score = jnp.sum(jnp.cumprod(agree, axis=0), axis=0) * len(places) + places[None]

@@ -100,16 +100,20 @@ def generate(
         key=key,
     )
     loop = _read(model, max_new_tokens, variables, joined, choice, key)
-    if stream is None:
-        loop = _write(model, variables, choice, key, loop, max_new_tokens)
-    else:
-        stream(np.asarray(loop.token))
-        for step in range(1, max_new_tokens):
-            if not np.any(loop.running):
-                break
-            loop = _write(model, variables, choice, key, loop, step + 1)
-            stream(np.asarray(loop.tokens)[:, step])
+    write = partial(_write, model, variables, choice, key)
+    loop = write(loop, max_new_tokens) if stream is None else _write_aloud(write, loop, stream)
     return Generation(loop.tokens, loop.lengths)
+
+
+def _write_aloud(write: Callable, loop, stream: Callable[[np.ndarray], object]):
+    """Calls the compiled loop for a token at a time, and hands it on."""
+    number = loop.tokens.shape[1]
+    for step in range(number):
+        stream(np.asarray(loop.tokens)[:, step])
+        if step + 1 == number or not np.any(loop.running):
+            break
+        loop = write(loop, step + 2)
+    return loop
 
 
 class _Loop(NamedTuple):

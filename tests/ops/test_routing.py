@@ -36,6 +36,7 @@ def chosen_by_loop(scores, top_k, bias, groups, top_groups, renormalise, scale):
         {"top_k": 3, "scale": 2.5},
         {"top_k": 3, "bias": True, "renormalise": False, "scale": 0.5},
         {"top_k": 5, "bias": True, "groups": 5, "top_groups": 2},
+        {"top_k": 4, "groups": 3, "top_groups": 2},
         {"top_k": 2, "groups": 3, "top_groups": 3},
     ],
 )

@@ -105,6 +105,16 @@ def test_a_kept_path_is_all_that_was_seen(name, count):
     close(found, wanted[:, -2:])
 
 
+def test_alternatives_need_no_first_token_in_common():
+    call, x, state = after("softmax", 5)
+    nodes = tokens(2, seed=2)
+    places = jnp.full((BATCH, 2), 5)
+    found, _ = call(nodes, positions=places, state=state._replace(among=jnp.eye(2, dtype=bool)))
+    for node in range(2):
+        wanted, _ = call(jnp.concatenate([x, nodes[:, node : node + 1]], axis=1))
+        close(found[:, node], wanted[:, -1])
+
+
 def test_alternatives_belong_to_documents_as_all_tokens_do():
     """Padding to the left of the prompt is no more visible to a tree than to a chain."""
     mixer, call = built("softmax")
