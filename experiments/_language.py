@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels import data, ops, training
+from jaxmodels import create_mixer, data, ops, training
+from jaxmodels.models.language.decoder import Decoder
 from jaxmodels.models.language.language_model import LanguageModel
+from jaxmodels.registry import module_fields
 from jaxmodels.training.experiment import trajectory_fields, write_json
 
 # Of a single text without files to tell apart, the last eighth is held out.
@@ -31,6 +33,40 @@ class Schedule(Protocol):
     seed: int
     checkpoint_every: int
     log_every: int
+
+
+class Sizes(Protocol):
+    """The fields of a script's configuration that say how large a decoder is."""
+
+    width: int
+    depth: int
+    num_heads: int
+    head_dim: int
+    precision: str
+
+
+def mixer_decoder(config: Sizes, name: str, mlp_width: int | None = None) -> Decoder:
+    """A byte-level decoder with any mixer, whose heads are as wide as they can be alike.
+
+    Args:
+      config: the sizes.
+      name: of the mixer.
+      mlp_width: of the feed-forwards; None is the decoder's own rule.
+    """
+    fields = module_fields(create_mixer(name))
+    if "num_heads" in fields:
+        sizes = {"num_heads": config.num_heads, "head_dim": config.head_dim}
+    else:
+        # One head as wide as all, and values of twice the width, as FLASH has them.
+        sizes = {"head_dim": config.num_heads * config.head_dim, "value_dim": 2 * config.width}
+    return Decoder(
+        width=config.width,
+        depth=config.depth,
+        mlp_width=mlp_width,
+        mixer=name,
+        mixer_options={field: value for field, value in sizes.items() if field in fields},
+        dtype=training.compute_dtype(config.precision),
+    )
 
 
 def text_sets(

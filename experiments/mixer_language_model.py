@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _language import mixer_decoder
 
 from jaxmodels import create_mixer, data, list_mixers, plots, training
 from jaxmodels.models.language.decoder import Decoder
-from jaxmodels.registry import module_fields
 from jaxmodels.training.experiment import Result, run, trajectory_fields, write_json
 
 # Pairs of the claim: the first should need fewer bits than the second.
@@ -69,7 +69,7 @@ def main(config: Config, folder: Path) -> Result:
     chosen = np.linspace(0, len(held_out) - 1, config.held_out_windows).astype(int)
     judged = held_out.batch(chosen, np.random.default_rng(0))
     names = config.mixers or causal_mixers()
-    target = count_parameters(decoder(config, "softmax"))
+    target = count_parameters(mixer_decoder(config, "softmax"))
     curves = {name: train(config, name, target, train_set, judged, folder) for name in names}
     draw_figure(folder, curves)
     return conclude(curves)
@@ -77,23 +77,6 @@ def main(config: Config, folder: Path) -> Result:
 
 def causal_mixers() -> tuple[str, ...]:
     return tuple(name for name in list_mixers() if create_mixer(name).causal)
-
-
-def decoder(config: Config, name: str, mlp_width: int | None = None) -> Decoder:
-    fields = module_fields(create_mixer(name))
-    if "num_heads" in fields:
-        sizes = {"num_heads": config.num_heads, "head_dim": config.head_dim}
-    else:
-        # One head as wide as all, and values of twice the width, as FLASH has them.
-        sizes = {"head_dim": config.num_heads * config.head_dim, "value_dim": 2 * config.width}
-    return Decoder(
-        width=config.width,
-        depth=config.depth,
-        mlp_width=mlp_width,
-        mixer=name,
-        mixer_options={field: value for field, value in sizes.items() if field in fields},
-        dtype=training.compute_dtype(config.precision),
-    )
 
 
 def count_parameters(model: Decoder) -> int:
@@ -104,14 +87,14 @@ def count_parameters(model: Decoder) -> int:
 
 def equal_decoder(config: Config, name: str, target: int) -> Decoder:
     """The decoder whose feed-forward makes its parameters as many as `target`, or nearly."""
-    narrow, wide = (count_parameters(decoder(config, name, mlp_width=f)) for f in (1, 2))
+    narrow, wide = (count_parameters(mixer_decoder(config, name, mlp_width=f)) for f in (1, 2))
     mlp_width = 1 + round((target - narrow) / (wide - narrow))
     if mlp_width < 1:
         raise ValueError(
             f"mixer_language_model: {name} alone has more than the {target} parameters of softmax; "
             "lower num_heads or head_dim, or leave it out"
         )
-    return decoder(config, name, mlp_width)
+    return mixer_decoder(config, name, mlp_width)
 
 
 def train(config, name, target, train_set, judged, folder) -> dict[str, list[float]]:

@@ -24,8 +24,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _language import bits_per_byte, held_out_bytes, text_sets, train_language_model
-from mixer_language_model import decoder
+from _language import (
+    bits_per_byte,
+    held_out_bytes,
+    mixer_decoder,
+    text_sets,
+    train_language_model,
+)
 
 from jaxmodels import (
     create_model,
@@ -115,7 +120,7 @@ def load_model(config: Config) -> tuple[LanguageModel, dict | None, data.Tokeniz
     if config.pretrained:
         return load_folder(config, dtype)
     if config.model == "decoder":
-        return decoder(config, config.mixer), None, None
+        return mixer_decoder(config, config.mixer), None, None
     if config.mixer != "softmax":
         raise ValueError(
             f"mixer={config.mixer}: {config.model} has a mixer of its own; pass --model decoder"

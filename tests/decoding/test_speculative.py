@@ -1,6 +1,7 @@
 """Speculative decoding: greedy text and options, against the model read without a state."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,17 @@ def test_options_are_those_of_generate(kind):
     assert told.shape[1] == max(found.lengths)
 
 
+def test_a_penalty_knows_the_guesses_on_the_way():
+    model, variables, draft = case("itself")
+    kept = 0
+    for token in range(VOCABULARY):
+        options = {"max_new_tokens": NEW, "repetition_penalty": 1.6}
+        found = speculative_generate(model, variables, [[token]], draft, **options)
+        assert found.sequences() == [greedy(model, variables, [token], NEW, penalty=1.6)]
+        kept += int(found.rounds[1:].sum())
+    assert kept > 5
+
+
 def test_all_rows_may_stop_early():
     model, variables, draft = case("n-gram")
     first = [greedy(model, variables, prompt, 1)[0] for prompt in PROMPTS]
@@ -187,3 +199,30 @@ def test_heads_must_reach_as_deep_as_the_tree():
     model = made(multi_token=True)[0]
     with pytest.raises(ValueError, match=r"MultiTokenDraft: a tree of depth 5 .* not 3"):
         MultiTokenDraft(model, {}, chain(5))
+
+
+def test_a_draft_that_is_the_model_is_never_refused():
+    """Its state must be the model's after every round, or its draws would differ."""
+    model, variables, draft = case("itself")
+    found = speculative_generate(
+        model,
+        variables,
+        PROMPTS,
+        draft,
+        max_new_tokens=61,
+        temperature=3.0,
+        key=jax.random.key(0),
+    )
+    assert np.asarray(found.rounds).tolist() == [0, 0, 0, 15]
+
+
+def test_rows_that_have_ended_hold_no_other_up():
+    model, variables, draft = case("model")
+    generate = functools.partial(speculative_generate, model, variables, max_new_tokens=NEW)
+    texts = [greedy(model, variables, [token], NEW) for token in range(VOCABULARY)]
+    pairs = itertools.permutations(range(VOCABULARY), 2)
+    for ended, other in [pair for pair in pairs if texts[pair[0]][0] not in texts[pair[1]]][:6]:
+        stop = texts[ended][:1]
+        both = generate([[ended], [other]], draft, stop_tokens=stop)
+        alone = generate([[other]], draft, stop_tokens=stop)
+        np.testing.assert_array_equal(both.rounds, alone.rounds)

@@ -12,7 +12,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / NAME))
 
 def test_sizes_are_equal_whatever_the_mixer():
     config = SCRIPT["Config"]()
-    target = SCRIPT["count_parameters"](SCRIPT["decoder"](config, "softmax"))
+    target = SCRIPT["count_parameters"](SCRIPT["mixer_decoder"](config, "softmax"))
     # One unit of the feed-forward's width is the finest step there is.
     unit = 3 * config.width * config.depth
     names = SCRIPT["causal_mixers"]()

@@ -27,7 +27,6 @@ from jaxmodels.models.language.language_model import (
     DecoderBlock,
     LanguageModel,
     make_norm,
-    sown_losses,
 )
 from jaxmodels.models.language.multi_token import targets_ahead
 from jaxmodels.ops.cross_entropy import chunked_cross_entropy
@@ -267,15 +266,13 @@ class DeepseekV3(LanguageModel):
         """
         self._require(batch)
         model_state = dict(model_state or {})
-        hidden, changed = self.apply(
+        hidden, sown, changed = self.in_training(
             {"params": params, **model_state},
+            key,
+            "hidden_ahead",
             batch["tokens"],
             batch.get("positions"),
             batch.get("segment_ids"),
-            train=True,
-            method="hidden_ahead",
-            rngs={"dropout": key},
-            mutable=["losses", *model_state],
         )
         kernel = self.output_kernel(params).astype(hidden[0].dtype)
         total, terms = 0.0, {}
@@ -284,8 +281,6 @@ class DeepseekV3(LanguageModel):
             loss, of_k = chunked_cross_entropy(found, kernel, *targets, z_loss=z_loss)
             total += loss * (self.ahead_weight / self.num_ahead if k else 1.0)
             terms |= {f"{name}_{k + 1}" if k else name: value for name, value in of_k.items()}
-        changed = dict(changed)
-        sown = sown_losses(changed.pop("losses", {}))
         return total + sum(sown.values()), {**terms, **sown}, {**model_state, **changed}
 
     @nn.nowrap

@@ -184,15 +184,13 @@ class LanguageModel(nn.Module):
         """
         self._require(batch)
         model_state = dict(model_state or {})
-        (hidden, _), changed = self.apply(
+        (hidden, _), sown, changed = self.in_training(
             {"params": params, **model_state},
+            key,
+            "hidden",
             batch["tokens"],
             batch.get("positions"),
             batch.get("segment_ids"),
-            train=True,
-            method="hidden",
-            rngs={"dropout": key},
-            mutable=["losses", *model_state],
         )
         loss, terms = chunked_cross_entropy(
             hidden,
@@ -201,10 +199,32 @@ class LanguageModel(nn.Module):
             batch.get("weights"),
             z_loss=z_loss,
         )
-        changed = dict(changed)
-        sown = sown_losses(changed.pop("losses", {}))
-        total = loss + sum(sown.values())
-        return total, {**terms, **sown}, {**model_state, **changed}
+        return loss + sum(sown.values()), {**terms, **sown}, {**model_state, **changed}
+
+    @nn.nowrap
+    def in_training(
+        self, variables: Mapping[str, Any], key: Key[Array, ""], method: str, *arguments: Any
+    ) -> tuple[Any, dict[str, Float[Array, ""]], dict[str, Any]]:
+        """Calls a method as training does.
+
+        Args:
+          variables: all of which but the parameters may change.
+          key: of what training draws.
+          method: takes `train`.
+          *arguments: of the method.
+
+        Returns:
+          What the method returns; the sums over all layers of the losses that they have
+          sown, by name; and the changed variables.
+        """
+        mutable = ["losses", *(kind for kind in variables if kind != "params")]
+        out, changed = self.apply(
+            variables, *arguments, train=True, method=method, rngs={"dropout": key}, mutable=mutable
+        )
+        changed, sums = dict(changed), {}
+        for path, values in flatten_dict(dict(changed.pop("losses", {}))).items():
+            sums[path[-1]] = sums.get(path[-1], 0.0) + sum(jax.tree.leaves(values))
+        return out, sums, changed
 
     @nn.nowrap
     def _require(self, batch: Mapping[str, Any]) -> None:
@@ -232,11 +252,3 @@ class LanguageModel(nn.Module):
                 f"depth={self.depth}; give one, or one a layer"
             )
         return values
-
-
-def sown_losses(sown: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
-    """The sums over all layers of what they have sown, by name."""
-    sums = {}
-    for path, values in flatten_dict(dict(sown)).items():
-        sums[path[-1]] = sums.get(path[-1], 0.0) + sum(jax.tree.leaves(values))
-    return sums

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Key
 
-from jaxmodels.models.language.language_model import LanguageModel, sown_losses
+from jaxmodels.models.language.language_model import LanguageModel
 from jaxmodels.ops.cross_entropy import chunked_cross_entropy
 from jaxmodels.ops.segments import document_index
 from jaxmodels.ops.sum_in_turn import sum_in_turn
@@ -168,27 +168,23 @@ class MultiToken(LanguageModel):
         places = batch.get("positions"), batch.get("segment_ids")
         model_state = dict(model_state or {})
 
-        def train(variables, key, method, *args):
-            rngs, mutable = {"dropout": key}, ["losses", *model_state]
-            (out, _), changed = self.apply(
-                variables, *args, None, True, method=method, rngs=rngs, mutable=mutable
-            )
-            changed = dict(changed)
-            return out, sown_losses(changed.pop("losses", {})), changed
-
         def head_loss(shared, block, rest):
             (hidden, output), (targets, key, state) = shared, rest
             variables = {"params": {"trunk": output}, **{name: {} for name in state}}
             variables = self._with_block(variables, 0, {"params": block, **state})
             # Whichever head it is, it runs as the first one.
-            out, sown, state = train(variables, key, "head", 0, hidden, *places)
+            (out, _), sown, state = self.in_training(
+                variables, key, "head", 0, hidden, *places, None
+            )
             kernel = self.output_kernel(variables["params"]).astype(out.dtype)
             loss, terms = chunked_cross_entropy(out, kernel, *targets, z_loss=z_loss)
             return loss + sum(sown.values()), ({**terms, **sown}, self._block_of(state, 0))
 
         keys = jax.random.split(key, 1 + self.heads)
         variables = {"params": params, **model_state}
-        hidden, sown, changed = train(variables, keys[0], "shared", batch["tokens"], *places)
+        (hidden, _), sown, changed = self.in_training(
+            variables, keys[0], "shared", batch["tokens"], *places
+        )
         heads = range(self.heads)
         blocks = _stack([self._block_of(variables, number) for number in heads])
         rest = _stack([targets_ahead(batch, number) for number in heads]), keys[1:]
