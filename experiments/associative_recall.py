@@ -32,7 +32,8 @@ import optax
 
 from jaxmodels import create_mixer, data, plots, training
 from jaxmodels.layers.linear import Linear
-from jaxmodels.models.language.decoder import DecoderBlock
+from jaxmodels.layers.mlp import GatedMlp
+from jaxmodels.models.language.language_model import DecoderBlock
 from jaxmodels.training.experiment import Result, run, trajectory_fields
 
 # Memories that only add, add and fade, and replace; and what keeps every token.
@@ -155,7 +156,8 @@ class Recaller(nn.Module):
         x = nn.Embed(c.num_keys + c.num_values, c.width, embedding_init=unit)(tokens)
         before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         x = x + Linear(c.width, use_bias=False)(before)
-        x, _ = DecoderBlock(create_mixer(self.mixer, **self.options), 2 * c.width)(x)
+        mixer = create_mixer(self.mixer, **self.options)
+        x, _ = DecoderBlock(mixer, GatedMlp(2 * c.width, parent=None))(x)
         x = nn.RMSNorm()(x[:, -c.num_questions :])
         return Linear(c.num_values)(x)
 

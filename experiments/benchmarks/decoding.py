@@ -8,7 +8,7 @@ Measured  Greedy decoding of 128 tokens after prompts of 32, float32, random wei
           once; a model of 6 layers and width 384 over GPT-2's vocabulary and over
           bytes. Then the time from the start of a process to the first token of
           GPT-2 small, with an empty and with a filled compilation cache.
-Run       python experiments/benchmarks/decoding.py            (about 5 min on 2 CPU cores)
+Run       python experiments/benchmarks/decoding.py           (about 11 min on 2 CPU cores)
           python experiments/benchmarks/decoding.py --help
 """
 
