@@ -54,7 +54,7 @@ def join_prompts(
         raise ValueError(f"{name}: prompts is empty; pass one sequence of tokens or more")
     rows = [np.asarray(prompt) for prompt in prompts]
     for i, row in enumerate(rows):
-        _check_prompt(f"{name}: prompts[{i}]", row, vocab_size)
+        check_prompt(f"{name}: prompts[{i}]", row, vocab_size)
         if context is not None and len(row) + max_new_tokens > context:
             raise ValueError(
                 f"{name}: prompts[{i}] of {len(row)} tokens and max_new_tokens={max_new_tokens} "
@@ -69,7 +69,17 @@ def join_prompts(
     return Prompts(jnp.asarray(tokens), segment_ids, jnp.asarray(lengths))
 
 
-def _check_prompt(name: str, row: np.ndarray, vocab_size: int) -> None:
+def check_prompt(name: str, row: np.ndarray, vocab_size: int) -> None:
+    """Raises unless `row` is a sequence of tokens of the vocabulary.
+
+    Args:
+      name: of the function and the prompt, for the error.
+      row: the prompt.
+      vocab_size: tokens are 0 to vocab_size - 1.
+
+    Raises:
+      ValueError: naming what is wrong with it, and the remedy.
+    """
     if row.ndim != 1:
         raise ValueError(
             f"{name} has shape {row.shape}; each prompt is one sequence of tokens, so pass a "

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from jaxmodels.decoding.prompts import check_prompt
+
 # Rows shorter than the capacity are multiples of this: few programs, hardly any padding.
 _STEP = 64
 
@@ -112,19 +114,10 @@ def _checked(prompts: Sequence[Any], capacity: int, model: Any) -> list[np.ndarr
     rows = [np.asarray(prompt) for prompt in prompts]
     most = capacity if model.context is None else min(capacity, model.context)
     for i, row in enumerate(rows):
-        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(
-                f"last_logits: prompts[{i}] of shape {row.shape} and {row.dtype} must be a "
-                "sequence of one integer or more"
-            )
+        check_prompt(f"last_logits: prompts[{i}]", row, model.vocab_size)
         if len(row) > most:
             raise ValueError(
                 f"last_logits: prompts[{i}] has {len(row)} tokens, more than capacity={capacity} "
                 f"or the model's context={model.context}; raise capacity or shorten it"
-            )
-        if row.min() < 0 or row.max() >= model.vocab_size:
-            raise ValueError(
-                f"last_logits: prompts[{i}] holds tokens from {row.min()} to {row.max()}, not all "
-                f"in [0, vocab_size={model.vocab_size}); it was encoded by another tokenizer"
             )
     return rows

@@ -1,12 +1,13 @@
 """The compiled loop of speculative decoding: guess, read, judge, keep, and again."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -15,7 +16,6 @@ from jaxmodels.decoding.drafts import Draft, Guesses, Text
 from jaxmodels.decoding.generate import NO_TOKEN
 from jaxmodels.decoding.prompts import Prompts
 from jaxmodels.decoding.states import is_cached, keep_first, keep_path_all, shorten_all, with_tree
-from jaxmodels.decoding.streaming import tell
 from jaxmodels.ops.candidate_tree import CandidateTree
 from jaxmodels.ops.speculative import (
     Accepted,
@@ -73,7 +73,6 @@ class _Read(NamedTuple):
     state: Any
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def generate_in_rounds(
     model: Any,
     max_new_tokens: int,
@@ -83,15 +82,70 @@ def generate_in_rounds(
     choice: Choice,
     typical: Float[Array, "2"] | None,
     key: Key[Array, ""] | None,
-    listener: Int[Array, ""] | None,
+    stream: Callable[[np.ndarray], object] | None,
 ) -> tuple[Int[Array, "B N"], Int[Array, "B"], Int[Array, "P"]]:
     """What `speculative_generate` does once all is checked; returns the fields of `Speculation`."""
-    target = _Target(model, variables)
-    tree, length = draft.tree, prompts.tokens.shape[1]
+    length = prompts.tokens.shape[1]
     end = length + max_new_tokens
+    loop = _begin(model, max_new_tokens, variables, draft, prompts, choice, key)
+    write = partial(_write, model, variables, draft, choice, typical, key, end)
+    # No more rounds than tokens: each has one of the model's own.
+    if stream is None:
+        loop = write(loop, max_new_tokens)
+    else:
+        loop = _write_aloud(write, choice, loop, end, stream)
+    tokens, lengths = _without_rest(choice, loop.text.tokens[:, length:end])
+    return tokens, lengths, loop.rounds
+
+
+def _write_aloud(write, choice, loop: _Loop, end: int, stream: Callable) -> _Loop:
+    """Calls the compiled loop for a round at a time, and hands on the tokens that it has won."""
+    told, running = int(loop.text.length) - 1, np.ones(len(loop.running), bool)
+    while True:
+        won = np.asarray(loop.text.tokens)[:, told : min(int(loop.text.length), end)]
+        for token in won.T:
+            stream(np.where(running, token, NO_TOKEN))
+            running = running & ~np.isin(token, choice.stop_tokens)
+            told += 1
+            if told == end or not running.any():
+                return loop
+        loop = write(loop, loop.rounds.sum() + 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _begin(model, max_new_tokens, variables, draft, prompts, choice, key) -> _Loop:
+    """Reads the prompts, and draws the token after them."""
+    target = _Target(model, variables)
+    batch, length = prompts.tokens.shape
+    room = length + max_new_tokens + len(draft.tree)
+    hidden, state = target.read(
+        prompts.tokens, None, model.init_state(batch, room), prompts.segment_ids
+    )
+    logits = target.logits(hidden[:, -1])
+    real = None if prompts.segment_ids is None else prompts.segment_ids == 1
+    seen = choice.first_seen(prompts.tokens, real, model.vocab_size)
+    token = choice.token(logits, seen, _keys(key, 0)[0])
+    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, room - length)))
+    loop = _Loop(
+        text=Text(tokens, jnp.int32(length), length - prompts.lengths),
+        running=jnp.ones(batch, bool),
+        seen=seen,
+        state=state,
+        memory=None,
+        rounds=jnp.zeros(draft.tree.depth + 1, jnp.int32),
+    )
+    loop = _take(loop, token[:, None], jnp.int32(1), choice)
+    return loop._replace(memory=draft.start(loop.text, prompts.segment_ids, hidden, room))
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnames="loop")
+def _write(model, variables, draft, choice, typical, key, end, loop: _Loop, until) -> _Loop:
+    """The compiled loop: goes on until so many rounds, the end, or every row has stopped."""
+    target, tree = _Target(model, variables), draft.tree
 
     def go_on(loop):
-        return (loop.text.length < end) & jnp.any(loop.running)
+        unfinished = (loop.text.length < end) & (jnp.sum(loop.rounds) < until)
+        return unfinished & jnp.any(loop.running)
 
     def one_round(loop):
         guess_key, judge_key = _keys(key, jnp.sum(loop.rounds) + 1)
@@ -104,44 +158,23 @@ def generate_in_rounds(
         count = jnp.min(jnp.where(loop.running, accepted.count, tree.depth)) + 1
         state = _kept(target, tree, loop, read, accepted.path, count)
         hidden = jnp.take_along_axis(read.hidden, accepted.path[..., None], axis=1)
-        loop = _take(loop, accepted.tokens, count, choice, end, listener)
+        loop = _take(loop, accepted.tokens, count, choice)
         return loop._replace(
             state=state,
             memory=draft.follow(memory, loop.text, hidden, count),
             rounds=loop.rounds.at[count - 1].add(1),
         )
 
-    loop = _begin(target, draft, prompts, choice, key, end, listener)
-    loop = lax.while_loop(go_on, one_round, loop)
-    tokens = loop.text.tokens[:, length:end]
+    return lax.while_loop(go_on, one_round, loop)
+
+
+@jax.jit
+def _without_rest(choice, tokens) -> tuple[Array, Array]:
+    """The tokens with NO_TOKEN after each row's first stop, and how many are real."""
     stops = choice.stops(tokens)
-    lengths = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, max_new_tokens)
-    real = jnp.arange(max_new_tokens)[None] < lengths[:, None]
-    return jnp.where(real, tokens, NO_TOKEN), lengths, loop.rounds
-
-
-def _begin(target, draft, prompts, choice, key, end, listener) -> _Loop:
-    """Reads the prompts, and draws the token after them."""
-    batch, length = prompts.tokens.shape
-    room = end + len(draft.tree)
-    hidden, state = target.read(
-        prompts.tokens, None, target.model.init_state(batch, room), prompts.segment_ids
-    )
-    logits = target.logits(hidden[:, -1])
-    real = None if prompts.segment_ids is None else prompts.segment_ids == 1
-    seen = choice.first_seen(prompts.tokens, real, target.model.vocab_size)
-    token = choice.token(logits, seen, _keys(key, 0)[0])
-    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, room - length)))
-    loop = _Loop(
-        text=Text(tokens, jnp.int32(length), length - prompts.lengths),
-        running=jnp.ones(batch, bool),
-        seen=seen,
-        state=state,
-        memory=None,
-        rounds=jnp.zeros(draft.tree.depth + 1, jnp.int32),
-    )
-    loop = _take(loop, token[:, None], jnp.int32(1), choice, end, listener)
-    return loop._replace(memory=draft.start(loop.text, prompts.segment_ids, hidden, room))
+    most = tokens.shape[1]
+    lengths = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, most)
+    return jnp.where(jnp.arange(most)[None] < lengths[:, None], tokens, NO_TOKEN), lengths
 
 
 def _keys(key, number) -> tuple[Any, Any]:
@@ -193,19 +226,13 @@ def _kept(target, tree, loop, read, path, count) -> Any:
     return keep_path_all(read.state, last, path, count)
 
 
-def _take(loop, tokens, count, choice, end, listener) -> _Loop:
+def _take(loop, tokens, count, choice) -> _Loop:
     """The loop with the first `count` of some tokens at its text's end."""
     text, new = loop.text, jnp.arange(tokens.shape[1])[None] < count
-    stops = choice.stops(tokens) & new
-    stopped = jnp.cumsum(stops, axis=1)
-    running = loop.running[:, None] & (stopped == 0)
-    if listener is not None:
-        shown = jnp.where(loop.running[:, None] & (stopped == stops), tokens, NO_TOKEN)
-        number = jnp.minimum(count, end - text.length)
-        lax.fori_loop(0, number, lambda i, _: tell(listener, shown[:, i]), None)
+    running = loop.running & ~jnp.any(choice.stops(tokens) & new, axis=1)
     seen = loop.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(new)
     tokens = lax.dynamic_update_slice_in_dim(text.tokens, tokens, text.length, axis=1)
     text = Text(tokens, text.length + count, text.padding)
-    return loop._replace(text=text, running=running[:, -1], seen=seen)
+    return loop._replace(text=text, running=running, seen=seen)

@@ -13,7 +13,6 @@ from jaxmodels.decoding.drafts import Draft
 from jaxmodels.decoding.prompts import join_prompts
 from jaxmodels.decoding.rounds import generate_in_rounds
 from jaxmodels.decoding.states import is_cached
-from jaxmodels.decoding.streaming import listening
 from jaxmodels.ops.checks import require_within
 
 
@@ -122,10 +121,9 @@ def speculative_generate(
     )
     _check_draft(model, draft, joined.tokens.shape[1] + max_new_tokens)
     bounds = _typical_bounds(typical, temperature)
-    with listening(stream) as listener:
-        found = generate_in_rounds(
-            model, max_new_tokens, variables, draft, joined, choice, bounds, key, listener
-        )
+    found = generate_in_rounds(
+        model, max_new_tokens, variables, draft, joined, choice, bounds, key, stream
+    )
     return Speculation(*found)
 
 

@@ -66,12 +66,12 @@ def test_bad_prompts_are_named(model_and_variables):
     model, variables = model_and_variables
     for wrong, message in (
         ([], "prompts is empty"),
-        ([[1], []], r"prompts\[1\] of shape \(0,\) and float64 must be a sequence of one integer"),
-        ([[[1]]], r"prompts\[0\] of shape \(1, 1\)"),
-        ([[1.0]], r"prompts\[0\] of shape \(1,\) and float64"),
+        ([[1], []], r"prompts\[1\] is empty"),
+        ([[[1]]], r"prompts\[0\] has shape \(1, 1\)"),
+        ([[1.0]], r"prompts\[0\] is of float64, not integers"),
         ([[1] * 24], r"prompts\[0\] has 24 tokens, more than capacity=30 or .* context=23"),
-        ([[1, VOCAB]], rf"prompts\[0\] holds tokens from 1 to {VOCAB}, not all in \[0, vocab_"),
-        ([[-1]], r"prompts\[0\] holds tokens from -1 to -1"),
+        ([[1, VOCAB]], rf"prompts\[0\] holds the token {VOCAB}, outside \[0, vocab_"),
+        ([[-1]], r"prompts\[0\] holds the token -1"),
     ):
         with pytest.raises(ValueError, match=f"last_logits: {message}"):
             last_logits(model, variables, wrong, capacity=30)
