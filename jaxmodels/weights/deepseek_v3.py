@@ -88,7 +88,7 @@ def to_config(model: DeepseekV3) -> dict[str, Any]:
         "num_nextn_predict_layers": model.num_ahead,
         "rope_interleave": model.rope_layout == _LAYOUTS[True],
         "rope_parameters": {
-            **write_rotary(model.rope_base, model.rope_scaling),
+            **write_rotary(model.rope_base, model.rope_scaling, model.context),
             **_write_magnitudes(model),
         },
     }

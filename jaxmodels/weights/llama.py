@@ -51,7 +51,7 @@ def write_decoder(form: Config) -> Callable[[Llama], dict[str, Any]]:
         return {
             **form.entries(model),
             "architectures": [f"{form.stem}ForCausalLM"],
-            "rope_parameters": write_rotary(model.rope_base, model.rope_scaling),
+            "rope_parameters": write_rotary(model.rope_base, model.rope_scaling, model.context),
         }
 
     return to_config

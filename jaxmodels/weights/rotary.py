@@ -57,12 +57,21 @@ def read_rotary(config: Mapping[str, Any], base: float) -> tuple[float, Scaling 
     return float(base), scaling(**{o: entries[t] for o, t in names.items() if t in entries})
 
 
-def write_rotary(base: float, scaling: Scaling | None) -> dict[str, Any]:
+def write_rotary(base: float, scaling: Scaling | None, context: int | None) -> dict[str, Any]:
     """The entry `rope_parameters` of a config.json.
+
+    Args:
+      base, scaling: of the rotary positions.
+      context: of the model, which for theirs is where dynamic scaling begins.
 
     Raises:
       ValueError: the format has no such scaling.
     """
+    if isinstance(scaling, DynamicNtk) and scaling.train_length != context:
+        raise ValueError(
+            f"save_pretrained: the format begins dynamic scaling at the model's context={context}, "
+            f"and train_length={scaling.train_length}; make them equal"
+        )
     entries = {"rope_theta": base, "rope_type": "default"}
     if scaling is None:
         return entries

@@ -85,6 +85,9 @@ CONFIGS = {
     ),
     "llama": llama_config,
     "llama 3": lambda: llama_config(tie_word_embeddings=True, head_dim=10, **LLAMA3),
+    "llama beyond its context": lambda: llama_config(
+        max_position_embeddings=11, **rope("dynamic", factor=3.0)
+    ),
     "llama with yarn": lambda: llama_config(**YARN),
     "deepseek_v3": lambda: deepseek_config(),
     "deepseek_v3 stretched": lambda: deepseek_config(
@@ -207,6 +210,7 @@ def test_modules_that_look_ahead_are_the_layers_after_the_last(tmp_path):
     path = tmp_path / "ours" / "model.safetensors"
     tensors = load_file(path)
     assert tensors["model.layers.3.eh_proj.weight"].shape == (24, 48)
+    assert {int(name.split(".")[2]) for name in tensors if "layers" in name} == {0, 1, 2, 3}
     tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"]
     save_file(tensors, path)
@@ -254,6 +258,12 @@ def test_stretched_positions_are_kept(tmp_path, scaling):
     variables = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     jaxmodels.save_pretrained(model, variables, tmp_path / "model")
     assert jaxmodels.load_pretrained(tmp_path / "model")[0] == model.clone(head_dim=None)
+
+
+def test_dynamic_scaling_that_the_format_cannot_say_is_refused(tmp_path):
+    model = Llama(6, 1, 1, 1, 5, vocab_size=7, rope_scaling=DynamicNtk(train_length=23), context=29)
+    with pytest.raises(ValueError, match="at the model's context=29, and train_length=23"):
+        jaxmodels.save_pretrained(model, {}, tmp_path / "model")
 
 
 def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
