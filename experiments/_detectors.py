@@ -16,7 +16,8 @@ from jaxmodels.metrics import DetectionEvaluator
 from jaxmodels.models.detection.detector import Detector
 from jaxmodels.models.detection.faster_rcnn import TwoLayerHead
 from jaxmodels.models.detection.feature_pyramid import FeaturePyramid
-from jaxmodels.training.experiment import trajectory_fields, write_json
+from jaxmodels.training.experiment import trajectory_fields
+from jaxmodels.training.files import write_json
 
 Name = Literal[
     "faster_rcnn",

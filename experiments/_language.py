@@ -14,7 +14,8 @@ from jaxmodels import create_mixer, data, ops, training
 from jaxmodels.models.language.decoder import Decoder
 from jaxmodels.models.language.language_model import LanguageModel
 from jaxmodels.registry import module_fields
-from jaxmodels.training.experiment import trajectory_fields, write_json
+from jaxmodels.training.experiment import trajectory_fields
+from jaxmodels.training.files import write_json
 
 # Of a single text without files to tell apart, the last eighth is held out.
 _HELD_OUT = 1 / 8

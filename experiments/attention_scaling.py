@@ -28,7 +28,8 @@ from rich.progress import track
 
 from jaxmodels import create_mixer, list_mixers, plots
 from jaxmodels.registry import module_fields
-from jaxmodels.training.experiment import Result, run, write_json
+from jaxmodels.training.experiment import Result, run
+from jaxmodels.training.files import write_json
 
 # Lengths from which growth is fitted: below, fixed costs count.
 _FITTED_FROM = 2048

@@ -29,7 +29,8 @@ import jax
 from _detectors import MAGNIFIED, Name, judge, scenes, small_detector, train_detector
 
 from jaxmodels import data, plots
-from jaxmodels.training.experiment import Result, run, write_json
+from jaxmodels.training.experiment import Result, run
+from jaxmodels.training.files import write_json
 
 ALL: tuple[Name, ...] = Name.__args__
 EVERYWHERE = ((0.0, 1e9),) * 3

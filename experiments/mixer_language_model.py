@@ -27,7 +27,8 @@ from _language import mixer_decoder
 
 from jaxmodels import create_mixer, data, list_mixers, plots, training
 from jaxmodels.models.language.decoder import Decoder
-from jaxmodels.training.experiment import Result, run, trajectory_fields, write_json
+from jaxmodels.training.experiment import Result, run, trajectory_fields
+from jaxmodels.training.files import write_json
 
 # Pairs of the claim: the first should need fewer bits than the second.
 _CLAIMED = (("gated_delta", "retention"), ("gla", "retention"), ("gated_delta", "linear"))

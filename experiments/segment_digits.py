@@ -43,7 +43,8 @@ from jaxmodels.models.vision.deeplab import DeepLabV3Plus
 from jaxmodels.models.vision.fcn import FCN
 from jaxmodels.models.vision.resnet import ResNet
 from jaxmodels.ops.dilation import covered_offsets, hybrid_dilations
-from jaxmodels.training.experiment import Result, run, trajectory_fields, write_json
+from jaxmodels.training.experiment import Result, run, trajectory_fields
+from jaxmodels.training.files import write_json
 
 NUM_CLASSES, IGNORED = 11, 255
 TESTED_AT_ONCE = 50

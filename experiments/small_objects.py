@@ -24,7 +24,8 @@ from _detectors import MAGNIFIED, Name, judge, scenes, small_detector, train_det
 
 from jaxmodels import data, plots
 from jaxmodels.models.detection.image_pyramid import detect_multi_scale, multi_scale_loss
-from jaxmodels.training.experiment import Result, run, write_json
+from jaxmodels.training.experiment import Result, run
+from jaxmodels.training.files import write_json
 
 Remedy = Literal["none", "image_pyramid", "feature_pyramid", "dilation", "resolution"]
 # The one map of the others: stride 16, or 8 where the stage dilates.

@@ -28,7 +28,8 @@ from rich.progress import track
 
 from jaxmodels import create_model, data, plots, training
 from jaxmodels.metrics import top_k_accuracy
-from jaxmodels.training.experiment import Result, run, trajectory_fields, write_json
+from jaxmodels.training.experiment import Result, run, trajectory_fields
+from jaxmodels.training.files import write_json
 
 # About 1.2 million parameters each: registered name, and fields.
 MODELS = {

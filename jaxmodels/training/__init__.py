@@ -2,7 +2,8 @@
 
 from jaxmodels.training.checkpoint import Checkpointer
 from jaxmodels.training.compilation import enable_compilation_cache
-from jaxmodels.training.loop import NonFiniteError, fit
+from jaxmodels.training.loop import fit
+from jaxmodels.training.monitor import NonFiniteError
 from jaxmodels.training.optimizers import adamw, decay_mask
 from jaxmodels.training.precision import compute_dtype
 from jaxmodels.training.sharding import make_mesh, shard_batch

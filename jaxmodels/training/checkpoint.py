@@ -8,17 +8,15 @@ checkpoint that cannot be read whole is passed over for the one before.
 import shutil
 import textwrap
 import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxmodels.training.sharding import path_name
+from jaxmodels.training import processes
+from jaxmodels.training.checksums import checksums, require_checksums
 
 # Of Orbax's own files, generously.
 _OVERHEAD_BYTES = 256 * 2**10
@@ -57,7 +55,7 @@ class Checkpointer:
           OSError: this or the previous checkpoint could not be written. Those
             before it are untouched.
         """
-        saved = {"facts": dict(facts), "checksums": _checksums(state)}
+        saved = {"facts": dict(facts), "checksums": checksums(state)}
         self.wait()
         try:
             self._require_room(state)
@@ -97,22 +95,33 @@ class Checkpointer:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            restored, problem = None, ""
             try:
-                return self._restore_step(step, like)
+                restored = self._restore_step(step, like)
             except Exception as error:
+                problem = _first_line(error)
+            # Every process has read another part of it.
+            problem = next(filter(None, processes.gather(problem)), "")
+            if not problem:
+                return restored
+            if processes.is_first():
                 warnings.warn(
                     f"checkpoint {self._directory / str(step)} is damaged and passed over: "
-                    f"{_first_line(error)}",
+                    f"{problem}",
                     stacklevel=2,
                 )
-                # Training will come by this step again and must be able to save it.
-                self._manager.delete(step)
+            # Training will come by this step again and must be able to save it.
+            self._manager.delete(step)
         if steps:
             raise OSError(
                 f"Checkpointer: none of the checkpoints {steps} in {self._directory} can be read; "
                 "start anew in another directory"
             )
         return None
+
+    def steps(self) -> list[int]:
+        """The steps of complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
 
     def facts(self) -> dict[str, Any] | None:
         """The facts of the newest checkpoint whose facts can be read, or None."""
@@ -142,10 +151,7 @@ class Checkpointer:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self._manager.restore(step, args=args)["state"]
-        found = _checksums(state)
-        for name, checksum in saved["checksums"].items():
-            if found.get(name) != checksum:
-                raise OSError(f"the contents of {name} do not match their checksum")
+        require_checksums(state, saved["checksums"])
         return state, saved["facts"]
 
     def _require_room(self, state: Any) -> None:
@@ -165,16 +171,6 @@ class Checkpointer:
             f"{_first_line(error)}. Complete checkpoints there: {kept or 'none'}; "
             "make room and run the same command again"
         )
-
-
-def _checksums(tree: Any) -> dict[str, int]:
-    def checksum(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        return zlib.crc32(np.ascontiguousarray(leaf))
-
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): checksum(leaf) for path, leaf in leaves}
 
 
 def _first_line(error: Exception) -> str:

@@ -23,11 +23,16 @@ class MetricLog:
 
     def __init__(self, directory: Path, *, resume_step: int = 0):
         self._directory = directory
-        self._resume_step = resume_step
         self._events = None
         self.path = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_metrics(self.path) if r["step"] <= resume_step]
+        self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops the records of later steps, which will be run again."""
+        self.close()
+        self._events, self._resume_step = None, step
+        kept = [r for r in read_metrics(self.path) if r["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(self.path)

@@ -1,23 +1,26 @@
 """The loop people expect: progress, metrics, checkpoints, resuming, clean stops."""
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from jaxmodels.training import processes
 from jaxmodels.training.checkpoint import Checkpointer
-from jaxmodels.training.logging import MetricLog, ProgressReport
-from jaxmodels.training.sharding import path_name, shard_batch
+from jaxmodels.training.files import write_json
+from jaxmodels.training.monitor import Monitor, NonFiniteError
+from jaxmodels.training.reader import Reader
+from jaxmodels.training.runtime import Runtime, current_runtime
+from jaxmodels.training.sharding import shard_batch
 from jaxmodels.training.state import TrainState
+from jaxmodels.training.step_clock import StepClock, Trace, describe
+from jaxmodels.training.stop_signals import StopSignals
+from jaxmodels.training.watchdog import Watchdog
 
-
-class NonFiniteError(ArithmeticError):
-    """A step produced a value that is not finite."""
+# Returns to one checkpoint before it is no single batch's fault.
+_MOST_ROLLBACKS = 3
 
 
 def fit(
@@ -33,11 +36,13 @@ def fit(
     keep: int = 2,
     log_every: int = 10,
     description: str = "training",
+    runtime: Runtime | None = None,
 ) -> TrainState:
     """Trains until `steps`, going on from the newest checkpoint in `directory`.
 
     A resumed run ends with the same bits as an undisturbed one: parameters,
-    optimizer, average, keys and data position all come from the checkpoint.
+    optimizer, average, keys and data position all come from the checkpoint. With
+    several processes all of them call this, with their own parts of the batches.
 
     Args:
       state: from `init_state`; used as it is when there is no checkpoint.
@@ -45,7 +50,8 @@ def fit(
       batches: yields trees of NumPy arrays; has `get_state` and `set_state`, as
         Grain's iterators do, so that its position is saved and restored.
       steps: the step to stop at.
-      directory: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      directory: gets `checkpoints/`, `metrics.jsonl`, TensorBoard events and
+        `timing.json`: where a step's time went, and its operations.
       config: JSON values that determine the result. A checkpoint made under
         another one is refused.
       mesh: where batches go, the one `state` was made on; None means one device.
@@ -53,6 +59,7 @@ def fit(
       keep: how many checkpoints to keep.
       log_every: steps between records of metrics.
       description: shown beside the progress.
+      runtime: what to do about faults; None is what the command line asked for.
 
     Returns:
       The final state.
@@ -62,109 +69,113 @@ def fit(
         has no position or ends too early.
       NonFiniteError: a loss or gradient is not finite; names step and tensor.
       OSError: a checkpoint could not be written; earlier ones are intact.
-      SystemExit: on SIGTERM (status 143) or SIGINT (130), after saving.
+      SystemExit: on SIGTERM (status 143) or SIGINT (130), after saving. A step that
+        hangs ends the process with status 75.
     """
     directory, config = Path(directory), dict(config or {})
-    _require_position(batches)
+    runtime = current_runtime() if runtime is None else runtime
+    reader, clock, last = Reader(batches), StepClock(), [0]
     with (
         contextlib.closing(Checkpointer(directory / "checkpoints", keep=keep)) as checkpoints,
-        _stop_signals() as stop,
+        contextlib.closing(Trace(directory / "trace" if runtime.profile else None)) as trace,
+        Watchdog(runtime.stall_seconds, lambda: f"{description}: step {last[0] + 1}") as watchdog,
+        StopSignals() as signals,
     ):
-        state = _resume(checkpoints, state, batches, config)
+        recovery = _Recovery(checkpoints, reader, config)
+        state = recovery.resume(state)
         done = int(state.step)
-        progress = ProgressReport(description, steps, done)
-        with contextlib.closing(MetricLog(directory, resume_step=done)) as log, progress:
-            monitor = _Monitor(state.params, log, progress, log_every, steps)
+        if runtime.on_nan == "rollback" and not checkpoints.steps():
+            checkpoints.save(done, state, recovery.facts())
+        with Monitor(
+            state.params,
+            directory,
+            description=description,
+            done=done,
+            steps=steps,
+            log_every=log_every,
+            on_nan=runtime.on_nan,
+        ) as monitor:
             while done < steps:
-                batch = _next(batches, done, steps)
-                placed = batch if mesh is None else shard_batch(batch, mesh)
-                state, metrics = step(state, placed)
-                done += 1
-                monitor.look(done, batch, metrics)
-                if done % checkpoint_every == 0 or done == steps or stop:
-                    monitor.finish()
-                    facts = {"config": config, "data": batches.get_state()}
-                    checkpoints.save(done, state, facts)
+                last[0] = done
+                with clock.part("input"):
+                    batch = reader.next(done, steps)
+                    placed = batch if mesh is None else shard_batch(batch, mesh)
+                try:
+                    with clock.part("compute"):
+                        state, metrics = step(state, placed)
+                        done += 1
+                        monitor.look(done, reader.drawn, batch, metrics)
+                        stop = signals.at(done)
+                        due = done % checkpoint_every == 0 or done == steps or stop
+                        if due:
+                            monitor.finish()
+                except NonFiniteError as error:
+                    if runtime.on_nan != "rollback" or not error.drawn:
+                        raise
+                    state = recovery.roll_back(state, error, monitor)
+                    done = int(state.step)
+                    continue
+                if due:
+                    with clock.part("checkpoint"):
+                        checkpoints.save(done, state, recovery.facts())
+                clock.tick()
+                trace.tick(clock.steps)
+                watchdog.beat()
                 if stop and done < steps:
-                    _exit(checkpoints, stop[0], description, done, directory)
+                    _exit(checkpoints, stop, monitor, done, directory)
+            if clock.steps:
+                with clock.part("checkpoint"):
+                    checkpoints.wait()
+                _report(clock, monitor, directory, step, state, placed)
     return state
 
 
-class _Monitor:
-    """Looks at each step's metrics while the next step runs, so that neither waits."""
+class _Recovery:
+    """Goes back to checkpoints: at the start, and from values that are not finite."""
 
-    def __init__(self, params, log, progress, log_every, steps):
-        paths, _ = jax.tree_util.tree_flatten_with_path(params)
-        self._names = [path_name(path) for path, _ in paths]
-        self._log, self._progress = log, progress
-        self._log_every, self._steps = log_every, steps
-        self._pending = None
+    def __init__(self, checkpoints: Checkpointer, reader: Reader, config: Mapping[str, Any]):
+        self._checkpoints, self._reader, self._config = checkpoints, reader, config
+        self._returned_to: list[int] = []
 
-    def look(self, step, batch, metrics) -> None:
-        self.finish()
-        self._pending = (step, batch, metrics)
+    def facts(self) -> dict[str, Any]:
+        return {"config": self._config, **self._reader.facts()}
 
-    def finish(self) -> None:
-        if self._pending is None:
-            return
-        (step, batch, metrics), self._pending = self._pending, None
-        metrics = dict(metrics)
-        loss, bad = float(metrics["loss"]), int(metrics.pop("first_nonfinite"))
-        if bad >= 0 or not np.isfinite(loss):
-            raise NonFiniteError(self._diagnosis(step, batch, loss, bad))
-        self._progress.update(step, {"loss": loss})
-        if step % self._log_every == 0 or step == self._steps:
-            self._log.write(step, {name: float(value) for name, value in metrics.items()})
+    def resume(self, state: TrainState) -> TrainState:
+        facts = self._checkpoints.facts()
+        if facts is None:
+            return state
+        if difference := describe_difference(facts["config"], self._config, "checkpoint"):
+            raise ValueError(
+                f"fit: the checkpoint was made with a different configuration ({difference}); "
+                "use those values, or another directory"
+            )
+        return self._restored(state) or state
 
-    def _diagnosis(self, step, batch, loss, bad) -> str:
-        """Names the earliest culprit in the order a step computes: batch, loss, gradient."""
-        for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
-            if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
-                culprit = f"batch[{path_name(path)}]"
-                break
-        else:
-            culprit = f"the gradient of {self._names[bad]}" if np.isfinite(loss) else "the loss"
-            if not np.isfinite(loss) and bad >= 0:
-                culprit += f" (and the gradient of {self._names[bad]})"
-        return (
-            f"fit: step {step}: {culprit} is not finite (loss {loss}). Checkpoints of earlier "
-            "steps are intact; lower the learning rate, clip gradients, or look at that tensor"
+    def roll_back(self, state: TrainState, error: NonFiniteError, monitor: Monitor) -> TrainState:
+        """The state of the last checkpoint, from which the batch at fault is passed over."""
+        self._checkpoints.wait()
+        self._reader.avoid(error.drawn)
+        state = self._restored(state)
+        done = int(state.step)
+        self._returned_to.append(done)
+        if self._returned_to.count(done) > _MOST_ROLLBACKS:
+            raise NonFiniteError(
+                f"{error}. Rolled back to step {done} {_MOST_ROLLBACKS} times in vain"
+            ) from error
+        monitor.rewind(done)
+        monitor.say(
+            f"{str(error).removeprefix('fit: ').partition('. ')[0]}; rolled back to step {done}, "
+            f"batch {error.drawn} will be passed over"
         )
-
-
-def _require_position(batches: Any) -> None:
-    if not (hasattr(batches, "get_state") and hasattr(batches, "set_state")):
-        raise ValueError(
-            f"fit: batches is a {type(batches).__name__} without get_state and set_state, so its "
-            "position could not be resumed; use jaxmodels.data.batches or a Grain iterator"
-        )
-
-
-def _next(batches: Iterator[Any], done: int, steps: int) -> Any:
-    try:
-        return next(batches)
-    except StopIteration:
-        raise ValueError(
-            f"fit: batches ended after step {done} of {steps}; let them repeat (num_epochs=None) "
-            "or ask for fewer steps"
-        ) from None
-
-
-def _resume(checkpoints, state, batches, config) -> TrainState:
-    facts = checkpoints.facts()
-    if facts is None:
         return state
-    if difference := describe_difference(facts["config"], config, "checkpoint"):
-        raise ValueError(
-            f"fit: the checkpoint was made with a different configuration ({difference}); "
-            "use those values, or another directory"
-        )
-    restored = checkpoints.restore(state)
-    if restored is None:
+
+    def _restored(self, state: TrainState) -> TrainState | None:
+        restored = self._checkpoints.restore(state)
+        if restored is None:
+            return None
+        state, facts = restored
+        self._reader.go_to(facts, int(state.step))
         return state
-    state, facts = restored
-    batches.set_state(facts["data"])
-    return state
 
 
 def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:
@@ -176,34 +187,16 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any], where
     )
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and SIGINT instead of dying; a second one is not held back."""
-    caught: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def catch(number, frame):
-        caught.append(signal.Signals(number))
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for each in previous:
-        signal.signal(each, catch)
-    try:
-        yield caught
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+def _report(clock, monitor, directory, step, state, batch) -> None:
+    report = clock.report(step, state, batch)
+    monitor.say(describe(report))
+    if processes.is_first():
+        write_json(directory / "timing.json", report)
 
 
-def _exit(checkpoints, stop, description, done, directory) -> None:
+def _exit(checkpoints, stop, monitor, done, directory) -> None:
     checkpoints.wait()
-    print(
-        f"{description}: {stop.name} at step {done}; saved to {directory}. "
-        "The same command goes on from there.",
-        flush=True,
+    monitor.say(
+        f"{stop.name} at step {done}; saved to {directory}. The same command goes on from there."
     )
     raise SystemExit(128 + stop)
