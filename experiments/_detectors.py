@@ -16,6 +16,7 @@ from jaxmodels.metrics import DetectionEvaluator
 from jaxmodels.models.detection.detector import Detector
 from jaxmodels.models.detection.faster_rcnn import TwoLayerHead
 from jaxmodels.models.detection.feature_pyramid import FeaturePyramid
+from jaxmodels.training import processes
 from jaxmodels.training.experiment import trajectory_fields
 from jaxmodels.training.files import write_json
 
@@ -257,15 +258,18 @@ def train_detector(
     *,
     loss: Callable | None = None,
     num_workers: int = 0,
+    mesh: str = "",
 ) -> tuple[dict[str, Any], float]:
     """Trains with AdamW and a moving average, or goes on where `folder` stands.
 
     Args:
       config: the schedule, and whatever else determines the result.
       loss: in place of `model.loss`.
+      mesh: as of `training.make_mesh`; "" is one device, or all of several processes.
 
     Returns:
-      The averaged variables, and how long their training took in seconds.
+      The averaged variables, whole and on the host if there is a mesh, and how long
+      their training took in seconds.
     """
     optimizer = training.adamw(
         config.learning_rate,
@@ -276,24 +280,35 @@ def train_detector(
     )
     image = next(iter(data.evaluation_batches(dataset, 1)))["image"]
     example = {"images": jax.ShapeDtypeStruct(image.shape, jnp.float32)}
-    state = training.init_state(model, optimizer, jax.random.key(config.seed), example, ema=True)
+    key = jax.random.key(config.seed)
+    devices = training.make_mesh(mesh) if mesh or jax.process_count() > 1 else None
+    state = training.init_state(model, optimizer, key, example, mesh=devices, ema=True)
     started = time.perf_counter()
     state = training.fit(
         state,
         training.make_step(loss or model.loss, optimizer, ema=0.998),
-        data.batches(dataset, config.batch_size, seed=config.seed, num_workers=num_workers),
+        data.batches(
+            dataset,
+            **processes.share(config.batch_size),
+            seed=config.seed,
+            num_workers=num_workers,
+        ),
         steps=config.steps,
         directory=folder,
         config=trajectory_fields(config),
+        mesh=devices,
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
         description=folder.name,
     )
-    # A run that goes on finds this detector trained already.
-    if not (cost := folder / "cost.json").exists():
-        write_json(cost, {"seconds": time.perf_counter() - started})
+    cost, seconds = folder / "cost.json", time.perf_counter() - started
+    if processes.is_first():
+        # A run that goes on finds this detector trained already.
+        if not cost.exists():
+            write_json(cost, {"seconds": seconds})
+        seconds = json.loads(cost.read_text())["seconds"]
     variables = {"params": state.ema, **state.model_state}
-    return variables, json.loads(cost.read_text())["seconds"]
+    return variables if devices is None else processes.to_host(variables), seconds
 
 
 def judge(

@@ -14,6 +14,7 @@ from jaxmodels import create_mixer, data, ops, training
 from jaxmodels.models.language.decoder import Decoder
 from jaxmodels.models.language.language_model import LanguageModel
 from jaxmodels.registry import module_fields
+from jaxmodels.training import processes
 from jaxmodels.training.experiment import trajectory_fields
 from jaxmodels.training.files import write_json
 
@@ -119,8 +120,9 @@ def train_language_model(
     *,
     loss: Callable | None = None,
     start: Mapping[str, Any] | None = None,
+    mesh: str = "",
 ) -> tuple[dict[str, Any], float]:
-    """Trains with AdamW, or goes on where `folder` stands.
+    """Trains with AdamW, or goes on where `folder` stands; all processes together.
 
     Args:
       config: the schedule, and whatever else determines the result.
@@ -129,9 +131,11 @@ def train_language_model(
       folder: gets metrics, checkpoints and `cost.json`.
       loss: in place of `model.loss`.
       start: variables to begin with, in place of random ones.
+      mesh: as of `training.make_mesh`; "" is one device, or all of several processes.
 
     Returns:
-      The variables, and how long their training took in seconds, compilation left out.
+      The variables, whole and on the host if there is a mesh, and how long their
+      training took in seconds, compilation left out.
     """
     if config.steps < 1:
         raise ValueError(f"steps={config.steps} must be at least 1")
@@ -146,18 +150,25 @@ def train_language_model(
     step = training.make_step(loss or model.loss, optimizer, precision=config.precision)
 
     def batches():
-        return data.batches(train_set, config.batch_size, seed=config.seed)
+        return data.batches(train_set, **processes.share(config.batch_size), seed=config.seed)
 
+    devices = training.make_mesh(mesh) if mesh or jax.process_count() > 1 else None
     first = next(batches())
     example = {"tokens": jax.ShapeDtypeStruct((1, first["tokens"].shape[1]), jnp.int32)}
-    state = training.init_state(model, optimizer, jax.random.key(config.seed), example)
+    key, precision = jax.random.key(config.seed), config.precision
+    state = training.init_state(model, optimizer, key, example, mesh=devices, precision=precision)
     if start is not None:
         others = {name: value for name, value in start.items() if name != "params"}
-        # Copies, since a step overwrites its state.
-        params, others = jax.tree.map(jnp.array, (start["params"], others))
+        # Copies, since a step overwrites its state, and each where its own stands.
+        params, others = jax.tree.map(
+            lambda new, old: jax.device_put(jnp.array(new), old.sharding),
+            (start["params"], others),
+            (state.params, state.model_state),
+        )
         state = state.replace(params=params, model_state=others)
     # Compiles, so that the clock sees training alone.
-    step(jax.tree.map(jnp.copy, state), first)
+    placed = first if devices is None else training.shard_batch(first, devices)
+    step(jax.tree.map(jnp.copy, state), placed)
     with _Clock(folder) as clock:
         state = training.fit(
             state,
@@ -166,11 +177,13 @@ def train_language_model(
             steps=config.steps,
             directory=folder,
             config=trajectory_fields(config),
+            mesh=devices,
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             description=folder.name,
         )
-    return {"params": state.params, **state.model_state}, clock.seconds
+    variables = {"params": state.params, **state.model_state}
+    return variables if devices is None else processes.to_host(variables), clock.seconds
 
 
 class _Clock:
@@ -187,7 +200,8 @@ class _Clock:
 
     def __exit__(self, *_):
         self.seconds += time.perf_counter() - self._started
-        write_json(self._file, {"seconds": self.seconds})
+        if processes.is_first():
+            write_json(self._file, {"seconds": self.seconds})
 
 
 def bits_per_byte(

@@ -26,6 +26,7 @@ import optax
 from jaxmodels import create_model, data, load_pretrained, plots, save_pretrained, training
 from jaxmodels.data.augmentation import AUGMENTATIONS, augment
 from jaxmodels.metrics import top_k_accuracy
+from jaxmodels.training import processes
 from jaxmodels.training.experiment import Result, run, trajectory_fields
 from jaxmodels.training.logging import read_metrics
 from jaxmodels.weights import load_preprocessing
@@ -92,6 +93,7 @@ def main(config: Config, folder: Path) -> Result:
     train_set, test_set = load_data(config)
     model, variables = load_model(config, train_set)
     variables = train(config, model, variables, train_set, folder)
+    processes.first_goes_on()
     logits = predict(config, model, variables, test_set)
     if config.pretrained:
         save_pretrained(model, variables, folder / "model")
@@ -174,7 +176,9 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
     mesh = training.make_mesh(config.mesh)
     example = {"images": jnp.zeros((1, *train_set.image_shape))}
     key = jax.random.key(config.seed)
-    state = training.init_state(model, optimizer, key, example, mesh=mesh, ema=True)
+    state = training.init_state(
+        model, optimizer, key, example, mesh=mesh, ema=True, precision=config.precision
+    )
     if variables is not None:
         state = start_from(state, variables)
     step = training.make_step(
@@ -187,7 +191,7 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
     state = training.fit(
         state,
         step,
-        data.batches(train_set, config.batch_size, seed=config.seed),
+        data.batches(train_set, **processes.share(config.batch_size), seed=config.seed),
         steps=config.steps,
         directory=folder,
         config=trajectory_fields(config),
@@ -196,7 +200,7 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
         log_every=config.log_every,
         description=config.pretrained or config.model,
     )
-    return {"params": state.ema, **state.model_state}
+    return processes.to_host({"params": state.ema, **state.model_state})
 
 
 def start_from(state: training.TrainState, variables: dict) -> training.TrainState:

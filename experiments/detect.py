@@ -43,6 +43,7 @@ from jaxmodels.metrics import DetectionEvaluator
 from jaxmodels.models.detection.detector import Detector
 from jaxmodels.models.detection.image_pyramid import detect_multi_scale, multi_scale_loss
 from jaxmodels.ops.detections import Detections
+from jaxmodels.training import processes
 from jaxmodels.training.experiment import Result, run
 from jaxmodels.training.logging import read_metrics
 
@@ -87,6 +88,8 @@ class Config:
     weight_decay: float = 0.05
     num_workers: int = 0
     seed: int = 0
+    mesh: str = ""
+    """Devices, such as "data=8"; by default one, or all of several processes."""
     checkpoint_every: int = 250
     log_every: int = 20
     folder: Path | None = None
@@ -111,7 +114,9 @@ def main(config: Config, folder: Path) -> Result:
         folder,
         loss=partial(multi_scale_loss, model, scales=config.train_scales) if several else None,
         num_workers=config.num_workers,
+        mesh=config.mesh,
     )
+    processes.first_goes_on()
     batches = data.evaluation_batches(test_set, config.batch_size)
     detect = detector_of(config, model)
     evaluator, rate = judge(

@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxmodels import create_model, data, metrics, plots, save_pretrained, training
 from jaxmodels.ops import flow
+from jaxmodels.training import processes
 from jaxmodels.training.experiment import Result, run, trajectory_fields
 from jaxmodels.training.logging import read_metrics
 
@@ -68,7 +69,7 @@ class Config:
     ema: float = 0.99
     label_dropout: float = 0.1
     precision: str = "float32"
-    """Of the computation: float32 or bfloat16."""
+    """Of the computation: float32, bfloat16 or float16."""
     guidance: float = 2.0
     """Scale of classifier-free guidance for the guided samples."""
     sampling_steps: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -95,6 +96,7 @@ def main(config: Config, folder: Path) -> Result:
         text: train(config, model, density, train_set, folder / name_of(text))
         for text, density in densities.items()
     }
+    processes.first_goes_on()
     save_pretrained(model, {"params": params[config.density]}, folder / "model")
 
     judge = metrics.SampleJudge(*train_set.arrays(), *held_out.arrays(), seed=config.seed)
@@ -186,7 +188,13 @@ def train(
         "labels": jnp.zeros(1, jnp.int32),
     }
     state = training.init_state(
-        model, optimizer, jax.random.key(config.seed), example, mesh=mesh, ema=True
+        model,
+        optimizer,
+        jax.random.key(config.seed),
+        example,
+        mesh=mesh,
+        ema=True,
+        precision=config.precision,
     )
     step = training.make_step(
         loss_fn,
@@ -199,7 +207,10 @@ def train(
         state,
         step,
         data.batches(
-            train_set, config.batch_size, seed=config.seed, num_workers=config.num_workers
+            train_set,
+            **processes.share(config.batch_size),
+            seed=config.seed,
+            num_workers=config.num_workers,
         ),
         steps=config.steps,
         directory=folder,
@@ -209,7 +220,7 @@ def train(
         log_every=config.log_every,
         description=folder.name,
     )
-    return state.ema
+    return processes.to_host(state.ema)
 
 
 class Sampler:

@@ -42,6 +42,7 @@ from jaxmodels import (
     training,
 )
 from jaxmodels.models.language.language_model import LanguageModel
+from jaxmodels.training import processes
 from jaxmodels.training.experiment import Result, run
 from jaxmodels.training.logging import read_metrics
 
@@ -74,7 +75,7 @@ class Config:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     precision: str = "float32"
-    """Or "bfloat16"."""
+    """Or "bfloat16", or "float16"."""
     held_out_windows: int = 128
     """Held-out sequences that bits per byte are measured on."""
     prompt: str = "def "
@@ -83,6 +84,8 @@ class Config:
     sample_tokens: int = 200
     temperature: float = 0.8
     seed: int = 0
+    mesh: str = ""
+    """Devices, such as "data=2,fsdp=4"; by default one, or all of several processes."""
     checkpoint_every: int = 100
     log_every: int = 10
     folder: Path | None = None
@@ -93,7 +96,10 @@ class Config:
 def main(config: Config, folder: Path) -> Result:
     model, start, tokenizer = load_model(config)
     train_set, held_out = text_sets(config.data, config.length, tokenizer)
-    variables, seconds = train_language_model(config, model, train_set, folder, start=start)
+    variables, seconds = train_language_model(
+        config, model, train_set, folder, start=start, mesh=config.mesh
+    )
+    processes.first_goes_on()
     judged = {"count": config.held_out_windows, "tokenizer": tokenizer}
     bits = {"the model": bits_per_byte(model, variables, held_out, **judged)}
     texts = held_out_bytes(held_out, **judged)

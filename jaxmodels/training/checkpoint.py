@@ -9,10 +9,12 @@ import shutil
 import textwrap
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxmodels.training import processes
@@ -42,6 +44,7 @@ class Checkpointer:
         self._directory = Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._writer, self._pending = ThreadPoolExecutor(1, "checkpoint"), None
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; training may go on (and donate `state`) at once.
@@ -55,17 +58,22 @@ class Checkpointer:
           OSError: this or the previous checkpoint could not be written. Those
             before it are untouched.
         """
-        saved = {"facts": dict(facts), "checksums": checksums(state)}
         self.wait()
         try:
             self._require_room(state)
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(saved)
-                ),
-                force=True,
-            )
+        except OSError as error:
+            raise self._write_error(step, error) from error
+        if jax.process_count() == 1:
+            self._pending = self._writer.submit(self._write, step, _copied(state), dict(facts))
+        else:
+            # Processes meet while they write, which must not mix with training's meetings.
+            self._write(step, state, dict(facts))
+
+    def _write(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        try:
+            saved = {"facts": facts, "checksums": checksums(state)}
+            parts = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(saved)}
+            self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
         except Exception as error:
             raise self._write_error(step, error) from error
 
@@ -75,6 +83,9 @@ class Checkpointer:
         Raises:
           OSError: the last checkpoint could not be written.
         """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -139,8 +150,11 @@ class Checkpointer:
         Raises:
           OSError: the last checkpoint could not be written.
         """
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._manager.close()
 
     def _read_facts(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(facts=ocp.args.JsonRestore())
@@ -171,6 +185,20 @@ class Checkpointer:
             f"{_first_line(error)}. Complete checkpoints there: {kept or 'none'}; "
             "make room and run the same command again"
         )
+
+
+def _copied(state: Any) -> Any:
+    """Another state, made by the devices while this process goes on; the step may take the first.
+
+    Checksums and files are then made from it beside the training.
+    """
+
+    def copied(leaf):
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, leaf.sharding, may_alias=False)
+        return np.array(leaf)
+
+    return jax.tree.map(copied, state)
 
 
 def _first_line(error: Exception) -> str:

@@ -52,7 +52,8 @@ def require_checksums(tree: Any, expected: Mapping[str, Any]) -> None:
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = path_name(path)
-        sums = expected.get(name, {})
+        if not (sums := expected.get(name)):
+            raise OSError(f"the contents of {name} do not match their checksum: there is none")
         whole = None if isinstance(sums, Mapping) else _whole(leaf)
         if whole is not None:
             sums = {_place((), whole.shape): sums}

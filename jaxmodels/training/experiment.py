@@ -83,13 +83,17 @@ def run(main: Callable[[Any, Path], Result], config_class: type) -> None:
         pass
     except SystemExit as stop:
         _fail("", stop.code)
-    except Exception as error:
+    except jax.errors.JaxRuntimeError as error:
+        # What a compiled program raises when a peer has gone.
+        if jax.process_count() == 1:
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        _fail(f"{script.name}: a peer is lost ({reason})", TEMPORARY)
+    except Exception:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        # What compiled programs raise when a peer has gone; a bug ends with 1 everywhere.
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
-        _fail(f"{script.name}: a peer is lost" if lost else "", TEMPORARY if lost else 1)
+        _fail("", 1)
 
 
 def _command_line(config_class: type) -> tuple[Any, Runtime]:

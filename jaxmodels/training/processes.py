@@ -81,6 +81,25 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
+def share(batch_size: int) -> dict[str, int]:
+    """The part of a batch that this process reads, as arguments of `data.batches`.
+
+    Args:
+      batch_size: examples of all processes together.
+
+    Raises:
+      ValueError: it does not divide by their number.
+    """
+    count = jax.process_count()
+    if batch_size % count:
+        raise ValueError(
+            f"share: batch_size={batch_size} does not divide over {count} processes; use a "
+            f"multiple of {count}"
+        )
+    part = {"process_index": jax.process_index(), "process_count": count}
+    return {"batch_size": batch_size // count, **part}
+
+
 def to_host(tree: Any) -> Any:
     """A tree of whole NumPy arrays, whichever devices hold the parts; every process calls it."""
     if jax.process_count() == 1:

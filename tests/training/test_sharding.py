@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import jaxmodels
 from jaxmodels import training
-from jaxmodels.training.sharding import batch_sharding, tree_shardings
+from jaxmodels.ops.mesh_axes import axis_size, batch_axes
+from jaxmodels.training.sharding import (
+    batch_sharding,
+    check_axes_used,
+    placed_on,
+    tree_shardings,
+)
 
 
 def trained(problem, mesh, steps=5, **options):
@@ -126,7 +133,7 @@ def test_mesh_from_text():
     ("text", "message"),
     [
         ("data=3", "'data=3' asks for 3 devices but there are 8; for instance 'data=8' fits"),
-        ("data=2,tensor=4", "cannot read 'tensor=4'"),
+        ("data=2,pipe=4", "cannot read 'pipe=4'"),
         ("data", "cannot read 'data'"),
         ("data=x", "cannot read 'data=x'"),
         ("data=0", "cannot read 'data=0'"),
@@ -147,3 +154,133 @@ def test_rule_that_does_not_divide():
     tree = {"kernel": jax.ShapeDtypeStruct((6, 5), np.float32)}
     with pytest.raises(ValueError, match=r"kernel of shape \(6, 5\) cannot be split"):
         tree_shardings(tree, training.make_mesh("fsdp=8"), [("kernel", PartitionSpec("fsdp"))])
+
+
+def test_axes_have_one_order_however_they_are_written():
+    mesh = training.make_mesh("tensor=2,sequence=2,data=2")
+    assert tuple(mesh.shape.items()) == (("data", 2), ("sequence", 2), ("tensor", 2))
+    assert [d.id for d in mesh.devices[0, 0]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("data=4,tensor=4", "data=2,tensor=4"),
+        ("tensor=16", "tensor=8"),
+        ("data=3,fsdp=2", "data=4,fsdp=2"),
+        ("fsdp=2,expert=2", "fsdp=4,expert=2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_told_the_nearest_that_does(text, near):
+    with pytest.raises(ValueError, match=f"there are 8; for instance '{near}' fits"):
+        training.make_mesh(text)
+
+
+def test_tensor_and_expert_split_by_the_names_of_layers_and_fsdp_what_is_left():
+    """A column matrix by outputs, a row matrix by inputs, one axis each; moments alike."""
+    tree = {
+        "mixer": {"q": {"kernel": (64, 32), "bias": (32,)}, "out": {"kernel": (32, 64)}},
+        "blocks": {"mlp": {"up": {"kernel": (3, 64, 96)}, "down": {"kernel": (3, 96, 64)}}},
+        "mlp": {"gate": (4, 64, 96), "down": (4, 96, 64), "router": {"kernel": (64, 4)}},
+        "embed": {"embedding": (255, 64)},
+        "mu": {"v": {"kernel": (64,)}},
+        "conv_1": {"conv": {"kernel": (3, 3, 8, 16)}, "norm": {"scale": (16,)}},
+        "conv_2": {"conv": {"kernel": (3, 3, 16, 8)}},
+        "cabin": {"kernel": (64, 32)},
+    }
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        tree,
+        is_leaf=lambda x: type(x) is tuple,
+    )
+    placed = tree_shardings(shapes, training.make_mesh("fsdp=2,expert=2,tensor=2"))
+    specs = jax.tree.map(lambda s: tuple(s.spec), placed)
+    assert specs == {
+        "mixer": {
+            "q": {"kernel": ("fsdp", "tensor"), "bias": ("tensor",)},
+            "out": {"kernel": ("tensor", "fsdp")},
+        },
+        "blocks": {
+            "mlp": {
+                "up": {"kernel": (None, "fsdp", "tensor")},
+                "down": {"kernel": (None, "tensor", "fsdp")},
+            }
+        },
+        "mlp": {
+            "gate": ("expert", "fsdp", "tensor"),
+            "down": ("expert", "tensor", "fsdp"),
+            "router": {"kernel": ()},
+        },
+        "embed": {"embedding": (None, "fsdp")},
+        "mu": {"v": {"kernel": ()}},
+        "conv_1": {
+            "conv": {"kernel": (None, None, "fsdp", "tensor")},
+            "norm": {"scale": ("tensor",)},
+        },
+        "conv_2": {"conv": {"kernel": (None, None, "tensor", "fsdp")}},
+        "cabin": {"kernel": ("fsdp",)},
+    }
+
+
+def test_an_axis_that_splits_no_parameter_is_refused():
+    mesh = training.make_mesh("data=4,tensor=2")
+    plain = tree_shardings({"dense": jax.ShapeDtypeStruct((64, 32), np.float32)}, mesh)
+    with pytest.raises(ValueError, match=r"no parameter is split over tensor=2.*pass rules"):
+        check_axes_used(plain, mesh)
+    rules = [("dense", PartitionSpec("tensor"))]
+    ruled = tree_shardings({"dense": jax.ShapeDtypeStruct((64, 32), np.float32)}, mesh, rules)
+    check_axes_used(ruled, mesh)
+    check_axes_used(plain, training.make_mesh("data=4,fsdp=2"))
+
+
+def test_sequence_splits_the_second_axis_and_tensor_nothing_of_the_batch():
+    mesh = training.make_mesh("data=2,sequence=2,tensor=2")
+    batch = {
+        "tokens": np.arange(24.0).reshape(4, 6),
+        "label": np.arange(4.0),
+        "box": np.ones((4, 3)),
+    }
+    placed = training.shard_batch(batch, mesh)
+    parts = {name: {s.data.shape for s in x.addressable_shards} for name, x in placed.items()}
+    assert parts == {"tokens": {(2, 3)}, "label": {(2,)}, "box": {(2, 3)}}
+    for name, value in batch.items():
+        np.testing.assert_array_equal(placed[name], value)
+    with pytest.raises(ValueError, match="sequence=2 divides the second axis of nothing"):
+        training.shard_batch({"tokens": np.ones((4, 5)), "label": np.ones(4)}, mesh)
+
+
+def test_operations_know_the_mesh_of_a_state_only_while_inside():
+    placement = jax.tree.leaves(
+        tree_shardings({"x": np.ones(3)}, training.make_mesh("data=4,tensor=2"))
+    )
+    with placed_on(placement):
+        assert (axis_size("tensor"), axis_size("data", "tensor"), axis_size("fsdp")) == (2, 8, 1)
+        assert (batch_axes(12), batch_axes(6)) == (("data",), ())
+    assert axis_size("tensor") == 1
+    alone = jax.tree.leaves(
+        tree_shardings({"x": np.ones(3)}, training.make_mesh(devices=jax.devices()[:1]))
+    )
+    for nothing in (None, (), alone):
+        with placed_on(nothing):
+            assert jax.sharding.get_abstract_mesh().empty
+
+
+@pytest.mark.parametrize("name", ["dit_s_2", "vit_small_patch16_224", "gpt2_small"])
+def test_fsdp_leaves_a_device_an_eighth_of_published_models_and_their_moments(name):
+    """From shapes alone; what is copied because it is small or odd must not count."""
+    model, mesh = jaxmodels.create_model(name), training.make_mesh("fsdp=8")
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    inputs = {
+        "dit_s_2": [
+            jax.ShapeDtypeStruct((1, 32, 32, 4), np.float32),
+            jax.ShapeDtypeStruct((1,), np.float32),
+            jax.ShapeDtypeStruct((1,), np.int32),
+        ],
+        "gpt2_small": [jax.ShapeDtypeStruct((1, 8), np.int32)],
+    }.get(name, [images])
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    state = params, jax.eval_shape(training.adamw(1e-3, steps=10).init, params)
+    shardings = tree_shardings(state, mesh)
+    pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True))
+    a_device = sum(int(np.prod(s.shard_shape(x.shape))) for x, s in pairs)
+    assert 1 / 8 <= a_device / sum(x.size for x, _ in pairs) <= 0.127
