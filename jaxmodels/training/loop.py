@@ -74,11 +74,11 @@ def fit(
     """
     directory, config = Path(directory), dict(config or {})
     runtime = current_runtime() if runtime is None else runtime
-    reader, clock, last = Reader(batches), StepClock(), [0]
+    reader, clock = Reader(batches), StepClock()
     with (
         contextlib.closing(Checkpointer(directory / "checkpoints", keep=keep)) as checkpoints,
         contextlib.closing(Trace(directory / "trace" if runtime.profile else None)) as trace,
-        Watchdog(runtime.stall_seconds, lambda: f"{description}: step {last[0] + 1}") as watchdog,
+        Watchdog(runtime.stall_seconds, description) as watchdog,
         StopSignals() as signals,
     ):
         recovery = _Recovery(checkpoints, reader, config)
@@ -96,7 +96,6 @@ def fit(
             on_nan=runtime.on_nan,
         ) as monitor:
             while done < steps:
-                last[0] = done
                 with clock.part("input"):
                     batch = reader.next(done, steps)
                     placed = batch if mesh is None else shard_batch(batch, mesh)
@@ -120,7 +119,7 @@ def fit(
                         checkpoints.save(done, state, recovery.facts())
                 clock.tick()
                 trace.tick(clock.steps)
-                watchdog.beat()
+                watchdog.beat(done)
                 if stop and done < steps:
                     _exit(checkpoints, stop, monitor, done, directory)
             if clock.steps:

@@ -13,7 +13,8 @@ class StopSignals:
 
     With several processes JAX's preemption service carries the notice from whichever
     got it to all the others, and names the step that all can stop at; SIGINT is turned
-    into SIGTERM there.
+    into SIGTERM there. `processes.start` asks for that service; without it a signal
+    ends the process that got it, and the last checkpoint stands.
     """
 
     def __init__(self):
@@ -25,6 +26,8 @@ class StopSignals:
             return self
         handled, catch = (signal.SIGTERM, signal.SIGINT), self._catch
         if jax.process_count() > 1:
+            if not jax.config.jax_enable_preemption_service:
+                return self
             handled, catch = (signal.SIGINT,), lambda *_: os.kill(os.getpid(), signal.SIGTERM)
         for number in handled:
             self._before[number] = signal.signal(number, catch)
@@ -37,6 +40,8 @@ class StopSignals:
     def at(self, step: int) -> signal.Signals | None:
         """The signal, if this is the step to stop after; every process asks at each step."""
         if jax.process_count() > 1:
+            if not jax.config.jax_enable_preemption_service:
+                return None
             asked = multihost_utils.reached_preemption_sync_point(step)
             return signal.SIGTERM if asked else None
         return self._caught[0] if self._caught else None

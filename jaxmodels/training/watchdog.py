@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 from jaxmodels.training.supervisor import TEMPORARY
 
@@ -21,12 +20,12 @@ class Watchdog:
 
     Args:
       seconds: longest time between two beats; ten times as long before the second.
-      describe: says in one line what was going on, for the message.
+      description: of what hangs, for the message.
     """
 
-    def __init__(self, seconds: float, describe: Callable[[], str]):
-        self._seconds, self._describe = seconds, describe
-        self._beats, self._last = 0, time.monotonic()
+    def __init__(self, seconds: float, description: str):
+        self._seconds, self._description = seconds, description
+        self._beats, self._step, self._last = 0, 0, time.monotonic()
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -36,9 +35,9 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
-    def beat(self) -> None:
-        """Says that there is progress."""
-        self._beats, self._last = self._beats + 1, time.monotonic()
+    def beat(self, step: int) -> None:
+        """Says that a step has ended."""
+        self._beats, self._step, self._last = self._beats + 1, step, time.monotonic()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(self._seconds / 4, 1.0)):
@@ -50,6 +49,6 @@ class Watchdog:
 
     def _message(self, seconds: float) -> str:
         return (
-            f"{self._describe()}: no progress for {seconds:.0f} s, a peer or the input hangs; "
-            "stopped, and the same command goes on from the last checkpoint"
+            f"{self._description}: no progress for {seconds:.0f} s after step {self._step}, a peer "
+            "or the input hangs; stopped, and the same command goes on from the last checkpoint"
         )

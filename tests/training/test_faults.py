@@ -92,7 +92,7 @@ def test_starts_again_and_ends_with_the_same_bits(
     assert re.search(rf"jaxmodels.launch: {said} after \d+ s; restart 1 of 2", err)
     assert "restart 2" not in err
     if stall:
-        assert "no progress for 12 s, a peer or the input hangs" in err
+        assert re.search(r"no progress for 12 s after step 1\d, a peer or the input hangs", err)
     assert out.count("The claim holds") == 1
     assert outcome(tmp_path / "run") == undisturbed(launcher)
 

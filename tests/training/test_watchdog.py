@@ -8,9 +8,9 @@ SCRIPT = """
     import sys, time
     from jaxmodels.training.watchdog import Watchdog
 
-    with Watchdog(float(sys.argv[1]), lambda: "training: step 3") as watchdog:
-        for _ in range(int(sys.argv[2])):
-            watchdog.beat()
+    with Watchdog(float(sys.argv[1]), "training") as watchdog:
+        for step in range(int(sys.argv[2])):
+            watchdog.beat(step + 1)
         time.sleep(float(sys.argv[3]))
     time.sleep(0.3)
     print("went on")
@@ -26,7 +26,7 @@ def test_hanging_ends_with_a_line_and_status_75():
     done = run("0.1", "2", "100")
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr.startswith(
-        "training: step 3: no progress for 0 s, a peer or the input hangs"
+        "training: no progress for 0 s after step 2, a peer or the input hangs"
     )
 
 
