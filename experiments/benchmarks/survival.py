@@ -67,7 +67,8 @@ def main(config: Config) -> None:
 
 def launched(config: Config, count: int, folder: Path, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "jaxmodels.launch", "-n", count, "--restarts", restarts]
-    options = ["--steps", config.steps, "--folder", folder]
+    # Training is what is to survive; the judging after it is cut short.
+    options = ["--steps", config.steps, "--folder", folder, "--sampling-steps", 1]
     log = config.folder / f"log_{count}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
@@ -118,15 +119,17 @@ def curves(folder: Path) -> dict[str, str]:
 
 
 def bits(folder: Path) -> dict[str, bytes]:
-    """Every array of the last checkpoints, as bytes."""
-    found = {}
+    """Every array of the last checkpoints, as bytes, whatever devices wrote them."""
+    found, reader = {}, ocp.PyTreeCheckpointer()
     for name, step in newest(folder).items():
-        with ocp.StandardCheckpointer() as reader:
-            tree = reader.restore((folder / name / "checkpoints" / str(step) / "state").resolve())
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = (folder / name / "checkpoints" / str(step) / "state").resolve()
+        leaves = reader.metadata(path).item_metadata.tree
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
+        for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
             numbers = jax.random.key_data(leaf) if is_key else leaf
-            found[f"{name}{jax.tree_util.keystr(path)}"] = np.asarray(numbers).tobytes()
+            found[f"{name}{jax.tree_util.keystr(place)}"] = np.asarray(numbers).tobytes()
     return found
 
 
