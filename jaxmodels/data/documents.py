@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -106,6 +106,7 @@ def read_documents(
     Raises:
       ValueError: no such path, an unknown split, a part or a folder without
         documents, or a document that cannot be read with `strict`.
+      OSError: a file has disappeared or fails while it is read; names it.
     """
     if split not in (None, "train", "test"):
         raise ValueError(
@@ -128,7 +129,7 @@ def _documents(
     faults, count = [], 0
     for name, file in files:
         read = _READERS.get(file.suffix.lower(), _read_whole)
-        for row, text in read(file, field):
+        for row, text in _named(file, read(file, field)):
             if split is not None and split != _part(name + row):
                 continue
             count += 1
@@ -153,6 +154,17 @@ def _documents(
             f"read_documents: skipped {len(faults)} of {count} documents: {_first(faults)}",
             stacklevel=2,
         )
+
+
+def _named(file: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The rows; what the system says of a file that fails need not name it, and this does."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise OSError(
+            f"read_documents: {str(file)!r} cannot be read any more ({error.strerror or error}); "
+            "restore it and start again"
+        ) from error
 
 
 def _first(faults: list[str]) -> str:
@@ -230,6 +242,8 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, str | _Fault]]:
                 for content in batch.column(0).cast("binary").to_pylist():
                     number += 1
                     yield f":{number}", _Fault("null") if content is None else _decode(content)
+    except FileNotFoundError:
+        raise  # it was there when files were listed
     except (ValueError, OSError, NotImplementedError) as error:
         yield f":{number + 1}", _Fault(" ".join(str(error).split()))
 

@@ -37,14 +37,18 @@ def image_folder(
     truncated file. With `cache` the result is kept: uint8, N * image_size^2 *
     channels bytes, and as much again in every worker process that `batches` is
     asked for, though a cached data set hardly needs any. Without it only the
-    paths are kept and a picture is decoded whenever it is read.
+    paths are kept and a picture is decoded whenever it is read. A file that has
+    disappeared or been cut since is an OSError that names it with `strict`; otherwise
+    the next picture of the data set that can be read comes in its place, with its own
+    label, and a warning counts such files whenever their number has doubled.
 
     Args:
       path: the directory that holds one folder per class.
       image_size: rows and columns of the square pictures.
       channels: 3 for colour, 1 for grey.
-      strict: a file that cannot be decoded is an error; otherwise it is
-        skipped, and one `UserWarning` counts such files and names the first.
+      strict: a file that cannot be decoded, now or when it is read, is an error;
+        otherwise it is skipped, and one `UserWarning` counts such files and names
+        the first.
       cache: keep the decoded pictures in memory.
       flip: let `batches` mirror each picture left to right with probability 1/2.
 
@@ -64,7 +68,8 @@ def image_folder(
     found = [
         (file, label) for label, name in enumerate(class_names) for file in _pictures(root / name)
     ]
-    files = PictureFiles(tuple(str(file) for file, _ in found), image_size, channels)
+    paths = tuple(str(file) for file, _ in found)
+    files = PictureFiles(paths, image_size, channels, strict)
     labels = np.array([label for _, label in found], np.int32)
     decoded, faults = _decode_all(files, keep=cache)
     pixels = files if decoded is None else decoded
@@ -78,11 +83,20 @@ def image_folder(
 
 @dataclasses.dataclass(frozen=True)
 class PictureFiles:
-    """Files that behave as the array of their pictures: indexing selects, `np.asarray` decodes."""
+    """Files that behave as the array of their pictures: indexing selects, `np.asarray` decodes.
+
+    Attributes:
+      paths: of the files.
+      image_size, channels: of the pictures.
+      strict: whether `read` raises for a file that cannot be read any more.
+      lost: what has become of files since, by path; one dictionary for all selections.
+    """
 
     paths: tuple[str, ...]
     image_size: int
     channels: int
+    strict: bool = True
+    lost: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -96,6 +110,57 @@ class PictureFiles:
         self, dtype: Any = None, copy: bool | None = None
     ) -> UInt8[np.ndarray, "N Y X C"]:
         return np.stack([self.decode(path) for path in self.paths])
+
+    def read(
+        self, indices: Int[np.ndarray, "B"]
+    ) -> tuple[UInt8[np.ndarray, "B Y X C"], Int[np.ndarray, "B"]]:
+        """Decodes those at `indices`, or the next ones where files cannot be read any more.
+
+        Which ones is decided by the files alone, so a run that is resumed reads the same.
+
+        Returns:
+          The pictures, and the indices of what they show.
+
+        Raises:
+          OSError: with `strict`, names the file; without, no file at all can be read.
+        """
+        pixels = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        shown = np.array(indices)
+        for place, index in enumerate(indices):
+            shown[place] = self._decode_into(pixels[place], int(index))
+        return pixels, shown
+
+    def _decode_into(self, picture: UInt8[np.ndarray, "Y X C"], index: int) -> int:
+        for place in range(index, index + len(self.paths)):
+            path = self.paths[place % len(self.paths)]
+            try:
+                picture[...] = self.decode(path)
+            # Pillow promises no one exception, and whatever a decoder raises is the file's fault.
+            except Exception as error:
+                self._lose(path, _reason(error), error)
+            else:
+                return place % len(self.paths)
+        raise OSError(
+            f"image_folder: none of {len(self.paths)} pictures can be read any more, such as "
+            f"{self.paths[index]!r} ({self.lost[self.paths[index]]}); is their disk still there?"
+        )
+
+    def _lose(self, path: str, reason: str, error: Exception) -> None:
+        if self.strict:
+            raise OSError(
+                f"image_folder: {path!r} cannot be read any more ({reason}); restore it, or go on "
+                "without it by strict=False"
+            ) from error
+        if path in self.lost:
+            return
+        self.lost[path] = reason
+        # Each doubling is said, so that a run that loses many says so in few lines.
+        if (count := len(self.lost)).bit_count() == 1:
+            warnings.warn(
+                f"image_folder: {count} picture(s) cannot be read any more and others are read in "
+                f"their place, the last one {path!r} ({reason})",
+                stacklevel=2,
+            )
 
     def decode(self, path: str) -> UInt8[np.ndarray, "Y X C"]:
         """Reads one file from disk; raises whatever Pillow raises for a broken one."""
@@ -145,17 +210,23 @@ def _decode_all(
     def fault(index: int) -> str | None:
         try:
             picture = files.decode(files.paths[index])
-        except UnidentifiedImageError:
-            return "not a JPEG or PNG file"
         # Pillow promises no one exception, and whatever a decoder raises is the file's fault.
         except Exception as error:
-            return " ".join(str(error).split()) or type(error).__name__
+            return _reason(error)
         if pixels is not None:
             pixels[index] = picture
         return None
 
     with ThreadPoolExecutor() as pool:
         return pixels, list(pool.map(fault, range(len(files.paths))))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG or PNG file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _report(root: Path, faults: dict[str, str | None], *, strict: bool) -> None:

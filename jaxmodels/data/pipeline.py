@@ -30,7 +30,11 @@ _RUNNING: weakref.WeakSet["_BatchIterator"] = weakref.WeakSet()
 
 @runtime_checkable
 class Pixels(Protocol):
-    """A uint8 (N, Y, X, C) array, or what turns into one by `np.asarray` when it is needed."""
+    """A uint8 (N, Y, X, C) array, or what turns into one by `np.asarray` when it is needed.
+
+    If it also has `read`, that takes indices and returns levels and the indices of what
+    they show, which may be others where pictures cannot be read.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,7 +99,11 @@ class ImageDataset:
         self, indices: Int[np.ndarray, "B"]
     ) -> tuple[Float32[np.ndarray, "B Y X C"], Int32[np.ndarray, "B"]]:
         """Pictures in [-1, 1] and their labels, several at once."""
-        images = np.asarray(self.pixels[indices]).astype(np.float32)
+        if hasattr(self.pixels, "read"):
+            levels, indices = self.pixels.read(indices)
+        else:
+            levels = np.asarray(self.pixels[indices])
+        images = levels.astype(np.float32)
         images /= self.white / 2
         images -= 1
         return images, self.labels[indices]

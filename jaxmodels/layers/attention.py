@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmodels import ops
 from jaxmodels.layers.linear import Linear
 from jaxmodels.ops.linear import linear
+from jaxmodels.ops.mesh_axes import axis_size
 
 
 class Attention(nn.Module):
@@ -22,7 +23,8 @@ class Attention(nn.Module):
     head_dim) and a `bias`, and `q_norm` and `k_norm` over one head with
     QK-norm, as most checkpoints have them. The three input projections are one
     matrix product nevertheless, which is a fifth faster in training; except for a
-    single token, as in decoding, where joining the kernels costs more than the product.
+    single token, as in decoding, where joining the kernels costs more than the product,
+    and where heads are split over devices.
 
     Attributes:
       num_heads, num_kv_heads: query heads, and key/value heads (as many if None).
@@ -116,7 +118,8 @@ class Attention(nn.Module):
             name: _Weights(count * head_dim, self.use_bias, inits[name], name=name)(x.shape[-1])
             for name, count in heads.items()
         }
-        if x.shape[-2] == 1:
+        # Joining kernels that lie split over devices would move them.
+        if x.shape[-2] == 1 or axis_size("tensor") > 1:
             parts = [self._product(x, *weights[name]) for name in heads]
         else:
             joined = (jnp.concatenate(pair, -1) for pair in zip(*weights.values(), strict=True))

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxmodels.layers.mlp import GatedMlp
 from jaxmodels.ops import routing
-from jaxmodels.ops.experts import capacity_experts, dropless_experts
+from jaxmodels.ops.expert_parallel import dropless_on_mesh
+from jaxmodels.ops.experts import capacity_experts
 from jaxmodels.ops.linear import linear
 
 # Of each expert's matrices, as Linear has it of one.
@@ -88,11 +89,11 @@ class MixtureOfExperts(nn.Module):
         scores = jax.nn.softmax(logits) if self.scores == "softmax" else jax.nn.sigmoid(logits)
         if self.z_coefficient:
             self._sow("router_z", self.z_coefficient * routing.router_z_loss(logits))
-        tokens = x.reshape(-1, x.shape[-1])
         if self.choice == "expert":
+            tokens = x.reshape(-1, x.shape[-1])
             out = self._chosen_by_experts(tokens, scores.reshape(-1, self.num_experts))
         else:
-            out = self._chosen_by_tokens(tokens, scores, bias)
+            out = self._chosen_by_tokens(x, scores, bias)
         out = out.reshape(x.shape)
         if self.shared_width:
             fields = {"kernel_init": self.kernel_init, "dtype": self.dtype, "name": "shared"}
@@ -104,7 +105,7 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = routing.expert_choice(scores, capacity)
         return capacity_experts(tokens, self.scale * weights, chosen, *self._matrices(tokens))
 
-    def _chosen_by_tokens(self, tokens, scores, bias):
+    def _chosen_by_tokens(self, x, scores, bias):
         weights, experts = routing.top_k_routing(
             scores,
             self.top_k,
@@ -115,9 +116,10 @@ class MixtureOfExperts(nn.Module):
             scale=self.scale,
         )
         self._balance(scores, experts, bias)
-        pairs = (a.reshape(-1, self.top_k) for a in (weights, experts))
         if self.capacity_factor is None:
-            return dropless_experts(tokens, *pairs, *self._matrices(tokens))
+            return dropless_on_mesh(x, weights, experts, *self._matrices(x))
+        tokens = x.reshape(-1, x.shape[-1])
+        pairs = (a.reshape(-1, self.top_k) for a in (weights, experts))
         capacity = self._places(len(tokens), self.capacity_factor)
         slots = routing.capacity_slots(*pairs, self.num_experts, capacity)
         return capacity_experts(tokens, *slots, *self._matrices(tokens))

@@ -1,6 +1,7 @@
 """Scaled dot-product attention with everything that models have added to it."""
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.ops.attention_blocked import blocked_attention
 from jaxmodels.ops.attention_fused import KERNELS
+from jaxmodels.ops.attention_mesh import attend_on_mesh
 from jaxmodels.ops.attention_naive import naive_attention
 from jaxmodels.ops.platform import platform
 
@@ -40,7 +42,8 @@ def dot_product_attention(
 
     Time is O(T S); memory is O(T + S) for "blocked" and "fused" and O(T S) for
     "naive". Key and value heads are shared by H / G query heads each, without
-    being copied.
+    being copied. Traced for a mesh (`ops.mesh_axes`), "auto" leaves examples and heads
+    on their devices, and goes round a ring where the sequence is split.
 
     Args:
       q, k, v: queries, keys and values; G divides H.
@@ -93,6 +96,8 @@ def dot_product_attention(
         sinks,
     )
     attend = _choose(implementation, _platform(), arguments, options)
+    if implementation == "auto":
+        attend = partial(attend_on_mesh, attend)
     out = attend(*arguments, **options)
     return out.reshape(*lead, *out.shape[1:])
 

@@ -19,12 +19,13 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmodels.ops import attention_spans as spans
 from jaxmodels.ops.attention_naive import SegmentIds, Window
+from jaxmodels.ops.mesh_axes import vary_alike
 
 # Logits of a step of the outer loop: as many as are fastest.
 _FORWARD_LOGITS, _BACKWARD_LOGITS = 1 << 22, 1 << 20
 
 
-class _Config(NamedTuple):
+class Config(NamedTuple):
     """What is fixed at trace time."""
 
     window: Window
@@ -33,7 +34,7 @@ class _Config(NamedTuple):
     offset: int  # query t stands at key t + offset
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """What is known of pairs of queries and keys; (N, G, H / G, T, S), each full or one."""
 
     bias: Array | None
@@ -79,7 +80,7 @@ def blocked_attention(
     batch, num_queries, num_heads, _ = q.shape
     num_keys, kv_heads = k.shape[1:3]
     group = num_heads // kv_heads
-    config = _Config(window, scale, softcap, num_keys - num_queries)
+    config = Config(window, scale, softcap, num_keys - num_queries)
 
     def split_heads(x):  # (N, T, H, K) -> (N, G, H / G, T, K)
         return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
@@ -88,12 +89,12 @@ def blocked_attention(
         groups = (kv_heads, group) if x.shape[1] > 1 else (1, 1)
         return x.reshape(x.shape[0], *groups, *x.shape[2:])
 
-    pairs = _Pairs(*(None if x is None else split_pairs(x) for x in (bias, mask)), segment_ids)
+    pairs = Pairs(*(None if x is None else split_pairs(x) for x in (bias, mask)), segment_ids)
     # A sink is the same in all images; one copy for each is small.
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.reshape(kv_heads, group), (batch, kv_heads, group))
     arrays = (split_heads(q), split_heads(k), split_heads(v), sinks, pairs)
-    out = _attention(config, *_vary_alike(arrays))
+    out = _attention(config, *vary_alike(arrays))
     return out.reshape(batch, num_heads, num_queries, -1).transpose(0, 2, 1, 3)
 
 
@@ -127,30 +128,17 @@ def _divisor(number: int, most: int) -> int:
     return max(n for n in range(1, most + 1) if number % n == 0)
 
 
-def _vary_alike(arrays):
-    """Makes all arrays vary over the same axes of an enclosing `shard_map`.
-
-    The gradient of one that is shared between devices is then summed over them.
-    """
-
-    def axes(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    everywhere = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
-
-    def vary(x):
-        missing = tuple(everywhere - axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, arrays)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, q, k, v, sinks, pairs):
-    return _forward(config, q, k, v, sinks, pairs)[0]
+    return forward(config, q, k, v, sinks, pairs)[0]
 
 
-def _forward(config, q, k, v, sinks, pairs):
+def forward(config, q, k, v, sinks, pairs):
+    """Arrays with heads split, (N, G, H / G, T, K); the output, and what `backward` takes.
+
+    The last of that is the log-sum-exp of every row, (N, G, H / G, T).
+    """
+
     def one_step(operands):
         return _forward_step(config, pairs, *operands)
 
@@ -275,7 +263,12 @@ def _add(x, block, amount):
     return lax.dynamic_update_slice(x, new, _corner(x, block))
 
 
-def _backward(config, saved, d_out):
+def backward(config, saved, d_out):
+    """Gradients of what `forward` took, given those of its output.
+
+    With the log-sum-exp and output of all keys in `saved`, some of the keys have what
+    they add to the gradients: `ops.ring_attention` goes round with that.
+    """
     q, k, v, sinks, pairs, out, lse = saved
     wide = lse.dtype
     delta = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
@@ -293,7 +286,7 @@ def _backward(config, saved, d_out):
         d_sinks = -jnp.sum(share * delta, axis=-1).astype(sinks.dtype)
     if d_bias is not None:
         d_bias = d_bias.astype(pairs.bias.dtype)
-    return d_q, d_k, d_v, d_sinks, _Pairs(d_bias, None, None)
+    return d_q, d_k, d_v, d_sinks, Pairs(d_bias, None, None)
 
 
 def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delta):
@@ -343,4 +336,4 @@ def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delt
     return d_bias, (d_q, d_k, d_v)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(forward, backward)

@@ -5,9 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.ops.checks import require_shape
+from jaxmodels.ops.mesh_axes import axis_size, batch_axes, vary_alike
 
 
 def chunked_cross_entropy(
@@ -52,10 +54,10 @@ def chunked_cross_entropy(
     _check(hidden, kernel, targets, weights, z_loss, chunk_size)
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
-    chunks = -(-targets.size // chunk_size)
-    tokens = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1))
-    parts = jax.tree.map(partial(_split, chunks), tokens)
-    sums = _weighted_sums(z_loss, kernel, *parts)
+    sums_of = partial(_sums_in_chunks, z_loss, chunk_size)
+    if hidden.ndim == 3 and axis_size("sequence") > 1:
+        sums_of = _on_parts_of_sequences(sums_of, *targets.shape)
+    sums = sums_of(kernel, hidden, targets, weights)
     total = jnp.sum(weights, dtype=jnp.float32)
     # A sum of no tokens is 0 already, and stays it.
     loss, cross_entropy = (x / jnp.where(total > 0, total, 1.0) for x in sums)
@@ -84,6 +86,30 @@ def _check(hidden, kernel, targets, weights, z_loss, chunk_size):
         raise ValueError(f"{name}: z_loss={z_loss} must not be negative; 0 turns it off")
 
 
+def _sums_in_chunks(z_loss, chunk_size, kernel, hidden, targets, weights):
+    chunks = -(-targets.size // chunk_size)
+    tokens = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1))
+    return _weighted_sums(z_loss, kernel, *jax.tree.map(partial(_split, chunks), tokens))
+
+
+def _on_parts_of_sequences(sums_of, examples, length):
+    """Each device sums its own tokens; all in one row, those of a sequence would be gathered."""
+    if length % axis_size("sequence"):
+        return sums_of
+    axes = (*batch_axes(examples), "sequence")
+    tokens = PartitionSpec(axes[:-1] or None, "sequence")
+
+    def on_device(*arguments):
+        return lax.psum(sums_of(*vary_alike(arguments)), axes)
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(PartitionSpec(), tokens, tokens, tokens),
+        out_specs=PartitionSpec(),
+        axis_names=set(axes),
+    )
+
+
 def _split(chunks: int, x: Array) -> Array:
     """Cuts (N, ...) into (chunks, N / chunks, ...), rounded up; what is added has weight 0."""
     x = jnp.pad(x, [(0, -len(x) % chunks)] + [(0, 0)] * (x.ndim - 1))
@@ -99,7 +125,7 @@ def _weighted_sums(z_loss, kernel, hidden, targets, weights):
         losses, cross_entropies, _ = _losses(z_loss, kernel, *chunk[:2])
         return _add_weighted(sums, chunk[2], losses, cross_entropies), None
 
-    return lax.scan(add, _zeros(), (hidden, targets, weights))[0]
+    return lax.scan(add, _zeros(kernel), (hidden, targets, weights))[0]
 
 
 def _losses(z_loss, kernel, hidden, targets):
@@ -113,8 +139,9 @@ def _losses(z_loss, kernel, hidden, targets):
     return cross_entropies + z_loss * jnp.square(log_z), cross_entropies, slope
 
 
-def _zeros():
-    return jnp.float32(0), jnp.float32(0)
+def _zeros(kernel):
+    # zeros_like, so that they vary over the axes of a shard_map as the sums will.
+    return (jnp.zeros_like(kernel, jnp.float32, shape=()),) * 2
 
 
 def _add_weighted(sums, weights, *losses):
@@ -132,7 +159,7 @@ def _forward(z_loss, kernel, hidden, targets, weights):
         sums = _add_weighted(sums, weights, losses, cross_entropies)
         return (sums, d_kernel), (d_hidden, losses)
 
-    start = _zeros(), jnp.zeros_like(kernel, jnp.float32)
+    start = _zeros(kernel), jnp.zeros_like(kernel, jnp.float32)
     (sums, d_kernel), (d_hidden, losses) = lax.scan(add, start, (hidden, targets, weights))
     return sums, (d_kernel.astype(kernel.dtype), d_hidden, losses.astype(weights.dtype))
 

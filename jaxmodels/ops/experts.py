@@ -129,6 +129,28 @@ _permuted.defvjp(
 )
 
 
+def sorted_swiglu(
+    rows: Float[Array, "M D"],
+    load: Int[Array, "E"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "M D"]:
+    """The experts on rows sorted by expert, of which the first has `load[0]`, and so on.
+
+    Args:
+      rows: sorted; those after the last expert's give anything.
+      load: rows of each expert.
+      gate, up, down: as of `dropless_experts`.
+
+    Returns:
+      An array of rows' shape and dtype.
+
+    Source: as `dropless_experts`.
+    """
+    return _swiglu("auto")(rows, load, gate, up, down)
+
+
 def _ragged_swiglu(rows, load, gate, up, down):
     hidden = jax.nn.silu(lax.ragged_dot(rows, gate, load)) * lax.ragged_dot(rows, up, load)
     return lax.ragged_dot(hidden, down, load)

@@ -43,7 +43,8 @@ def blocked_swiglu(
 
 def _forward(rows, load, gate, up, down):
     x = _with_room(rows)
-    blank = jnp.zeros((len(x), gate.shape[-1]), x.dtype)
+    # zeros_like, so that it varies over the axes of a shard_map as x does.
+    blank = jnp.zeros_like(x, shape=(len(x), gate.shape[-1]))
 
     def expert(e, start, end, carry):
         gate_e, up_e, down_e = gate[e], up[e], down[e]

@@ -2,6 +2,8 @@
 
 from jaxtyping import Array, Float
 
+from jaxmodels.ops.mesh_axes import axis_size
+
 
 def linear(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None = None
@@ -12,7 +14,8 @@ def linear(
 
     The leading axes are joined first. The gradient of the kernel then sums over
     one axis; over several, XLA copies both operands into transposed layouts,
-    which costs a tenth of a transformer's training step on CPU.
+    which costs a tenth of a transformer's training step on CPU. Only where devices
+    have parts of sequences are they left alone: joined, these would be gathered.
 
     Args:
       x: any number of leading axes.
@@ -32,7 +35,8 @@ def linear(
             f"linear: x of shape {x.shape} ends with width {x.shape[-1]}, but kernel of shape "
             f"{kernel.shape} takes {kernel.shape[0]}; parameters are of another model"
         )
-    out = x.reshape(-1, x.shape[-1]) @ kernel
+    lead = x.shape[:-1] if axis_size("sequence") > 1 else (-1,)
+    out = x.reshape(*lead, x.shape[-1]) @ kernel
     if bias is not None:
-        out = out + bias[None, :]
+        out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
     return out.reshape(*x.shape[:-1], kernel.shape[1])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodels.ops.checks import require_shape
+from jaxmodels.ops.sequence_parallel import spread_over_sequence
 
 
 def run_recurrence(
@@ -23,6 +24,8 @@ def run_recurrence(
     chunk_size: int,
 ) -> tuple[Float[Array, "*B T H V"], Float[Array, "*B H K V"]]:
     """Checks the arguments, runs one form in float32 with one batch axis, and undoes both.
+
+    Traced for a mesh that splits `sequence`, a causal form runs on every device's part.
 
     Args:
       name: of the public function, for errors.
@@ -67,7 +70,11 @@ def run_recurrence(
     def flat(x):
         return None if x is None else x.reshape(-1, *x.shape[len(lead) :]).astype(jnp.float32)
 
-    out, state = forms[form](
+    run = forms[form]
+    # All causal recurrences can be streamed, and no other.
+    if "recurrent" in forms:
+        run = spread_over_sequence(run, length)
+    out, state = run(
         *(flat(x) for x in (q, k, v, *gates.values(), initial_state)), segment_ids, chunk_size
     )
     return out.reshape(v.shape).astype(v.dtype), state.reshape(state_shape)

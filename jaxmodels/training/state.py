@@ -1,7 +1,7 @@
 """Everything that training changes, as one value."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -11,6 +11,8 @@ import optax
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Key
 
+from jaxmodels.training.loss_scale import initial_loss_scale
+from jaxmodels.training.precision import scales_loss
 from jaxmodels.training.sharding import Rules, make_mesh, tree_shardings
 
 
@@ -39,6 +41,20 @@ class TrainState:
     key: Any
     model_state: Any = flax.struct.field(default_factory=dict)
     placement: tuple[Sharding, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    # No field, not even one of None: Orbax would not restore a run begun without it.
+    loss_scale: ClassVar[None] = None
+
+
+@flax.struct.dataclass
+class ScaledTrainState(TrainState):
+    """The state of a float16 run.
+
+    Attributes:
+      loss_scale: a `LossScale`, which also counts the steps skipped; None stands
+        only for a state under construction.
+    """
+
+    loss_scale: Any = None
 
 
 def init_state(
@@ -50,6 +66,7 @@ def init_state(
     mesh: Mesh | None = None,
     rules: Rules = (),
     ema: bool = False,
+    precision: str = "float32",
 ) -> TrainState:
     """Initialises parameters and optimizer, directly where the mesh wants them.
 
@@ -66,18 +83,25 @@ def init_state(
       mesh: from `make_mesh`; by default the first device alone.
       rules: see `tree_shardings`.
       ema: whether to keep a moving average (needed by `make_step(ema=...)`).
+      precision: the one `make_step` is given; `"float16"` adds a loss scale.
 
     Returns:
-      A `TrainState` at step 0.
+      A `TrainState` at step 0; a `ScaledTrainState` for float16.
+
+    Raises:
+      ValueError: unknown precision, or rules that do not fit the mesh.
     """
     init_key, run_key = jax.random.split(key)
+    scaled = scales_loss(precision)
     shapes = {name: (x.shape, x.dtype) for name, x in example_batch.items()}
 
     def build(init_key, run_key):
         example = {name: jnp.zeros(*shape) for name, shape in shapes.items()}
         model_state = dict(model.init(init_key, **example))
         params = model_state.pop("params")
-        return TrainState(
+        kind = ScaledTrainState if scaled else TrainState
+        scale = {"loss_scale": initial_loss_scale()} if scaled else {}
+        return kind(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
@@ -85,6 +109,7 @@ def init_state(
             ema=jax.tree.map(jnp.copy, params) if ema else None,
             key=run_key,
             model_state=model_state,
+            **scale,
         )
 
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh

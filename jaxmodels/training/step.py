@@ -1,5 +1,7 @@
 """The training step: one jitted, donated, pure function."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jaxmodels.training.precision import cast_floating, compute_dtype
+from jaxmodels.training.precision import (
+    cast_floating,
+    compute_dtype,
+    float32_where_kept,
+    matching_paths,
+    scales_loss,
+)
 from jaxmodels.training.state import TrainState
 
 LossFn = Callable[[Any, Any, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Array]]]
@@ -24,6 +32,8 @@ def make_step(
     precision: str = "float32",
     accumulate: int = 1,
     ema: float | None = None,
+    skip_nonfinite: bool = False,
+    keep_float32: str | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """Compiles `(state, batch) -> (state, metrics)`.
 
@@ -35,21 +45,33 @@ def make_step(
         for a state whose `model_state` is not empty,
         `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       optimizer: an optax transformation, the one `init_state` was given.
-      precision: `"float32"`, or `"bfloat16"` to hand `loss_fn` a bfloat16 copy
-        of the parameters; gradients and updates stay float32.
+      precision: `"float32"`, or `"bfloat16"` or `"float16"` to hand `loss_fn` a
+        copy of the parameters in that type; gradients and updates stay float32.
+        float16 differentiates the loss times the state's loss scale, and skips
+        the steps where that overflows.
       accumulate: how many equal parts of the batch to take one after the other,
         their gradients averaged: less memory, the same update. A `model_state`
         goes from part to part.
       ema: decay of the moving average, or None. The first steps use the smaller
         `(1 + n) / (10 + n)`, or the average would remember the initial values.
+      skip_nonfinite: a step whose loss or a gradient is not finite changes
+        nothing but `step`, so that data and keys go on.
+      keep_float32: regular expression; the parameters whose paths it is found
+        in stay float32. A linen module whose parameters all do computes in
+        float32 as well, whatever its `dtype`; so name layers whole. Outside
+        modules JAX's promotion decides.
 
     Returns:
       The step, which donates `state`. Metrics: `loss_fn`'s, `loss`, `grad_norm` before
-      clipping, `first_nonfinite` (index of the first gradient that is not, or -1).
+      clipping, `first_nonfinite` (index of the first gradient that is not, or -1);
+      `skipped` (0 or 1) where steps can be, and `loss_scale`, the next step's, in float16.
 
     Raises:
       ValueError: unknown precision, `accumulate` below 1 or not dividing the
-        batch, `ema` outside (0, 1), or a state without a moving average for it.
+        batch, `ema` outside (0, 1), a state without a moving average for it, a
+        state made for another precision, or `keep_float32` found nowhere.
+
+    Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740).
     """
     dtype = compute_dtype(precision)
     if accumulate < 1:
@@ -57,40 +79,72 @@ def make_step(
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"make_step: ema={ema} must lie in (0, 1); None means no average")
 
-    def gradients(params, model_state, batch, key):
+    def gradients(scale, params, model_state, batch, key):
+        kept = matching_paths(params, keep_float32)
+        mixed = kept and dtype != jnp.float32
+
         def loss_in_compute_dtype(params):
             extra = (model_state,) if model_state else ()
-            loss, metrics, *changed = loss_fn(cast_floating(params, dtype), batch, key, *extra)
-            return loss.astype(jnp.float32), (metrics, changed[0] if extra else model_state)
+            with float32_where_kept() if mixed else contextlib.nullcontext():
+                low = cast_floating(params, dtype, kept)
+                loss, metrics, *changed = loss_fn(low, batch, key, *extra)
+            loss = loss.astype(jnp.float32)
+            kept_state = changed[0] if extra else model_state
+            return loss if scale is None else scale.scaled(loss), (loss, metrics, kept_state)
 
         of = jax.value_and_grad(loss_in_compute_dtype, has_aux=True)
-        (loss, (metrics, model_state)), grads = of(params)
+        (_, (loss, metrics, model_state)), grads = of(params)
         return (grads, {"loss": loss, **metrics}), model_state
 
     def step(state, batch):
-        if ema is not None and state.ema is None:
-            raise ValueError(
-                f"make_step: ema={ema} but the state has no moving average; "
-                "create it with init_state(..., ema=True)"
-            )
+        _check_state(state, precision, ema)
         key = jax.random.fold_in(state.key, state.step)
-        (grads, metrics), model_state = _accumulated(gradients, accumulate)(
-            state.params, state.model_state, batch, key
-        )
+        scale = state.loss_scale
+        (grads, metrics), model_state = _accumulated(
+            functools.partial(gradients, scale), accumulate
+        )(state.params, state.model_state, batch, key)
+        grads = grads if scale is None else scale.unscaled(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema if ema is None else _move(state.ema, params, state.step, ema)
         metrics |= _gradient_health(grads)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=average,
-            model_state=model_state,
+        after = state.replace(
+            params=params, opt_state=opt_state, ema=average, model_state=model_state
         )
-        return _pinned(state), metrics
+        if skip_nonfinite or scale is not None:
+            after, skipped = _unless_nonfinite(state, after, metrics)
+            metrics |= skipped
+        return _pinned(after.replace(step=state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _check_state(state: TrainState, precision: str, ema: float | None) -> None:
+    if ema is not None and state.ema is None:
+        raise ValueError(
+            f"make_step: ema={ema} but the state has no moving average; "
+            "create it with init_state(..., ema=True)"
+        )
+    if scales_loss(precision) != (state.loss_scale is not None):
+        has = "no" if state.loss_scale is None else "a"
+        raise ValueError(
+            f"make_step: precision={precision!r} but the state has {has} loss scale; "
+            f"create it with init_state(..., precision={precision!r})"
+        )
+
+
+def _unless_nonfinite(
+    before: TrainState, after: TrainState, metrics: dict[str, Array]
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step, or as it was; and what is to be said about that."""
+    finite = jnp.isfinite(metrics["loss"]) & (metrics["first_nonfinite"] < 0)
+    # Not a branch: XLA folds the choice into the update's own loop over memory.
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    said = {"skipped": (~finite).astype(jnp.int32)}
+    if before.loss_scale is not None:
+        state = state.replace(loss_scale=before.loss_scale.after(finite))
+        said["loss_scale"] = state.loss_scale.value
+    return state, said
 
 
 def _pinned(state: TrainState) -> TrainState:

@@ -88,6 +88,46 @@ def test_strict_reading_stops_at_the_first(folder):
         list(read_documents(folder, strict=True))
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_file_that_disappears_while_reading_is_named(tmp_path, ending, strict):
+    """After the first document; skipping it would train on less than was asked for."""
+    (tmp_path / "a.txt").write_text("first")
+    gone = tmp_path / f"b.{ending}"
+    gone.write_text("never read")
+    stream = read_documents(tmp_path, strict=strict)
+    assert next(stream) == "first"
+    gone.unlink()
+    with pytest.raises(OSError, match=rf"read_documents: .*b\.{ending}' cannot .*No such file"):
+        next(stream)
+
+
+def test_a_disk_that_fails_while_reading_is_named(tmp_path, monkeypatch):
+    """The system's own message says no name."""
+    (tmp_path / "a.txt").write_text("first")
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", fail)
+    with pytest.raises(OSError, match=r"a\.txt' cannot be read any more \(Input/output error\)"):
+        list(read_documents(tmp_path))
+
+
+def test_a_file_cut_while_reading_loses_its_last_document_only(tmp_path):
+    lines = "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(4000))
+    file = tmp_path / "a.jsonl"
+    file.write_text(lines)
+    stream = read_documents(file)
+    assert next(stream) == "document 0"
+    file.write_text(lines[:-9])
+    with pytest.warns(UserWarning, match=r"skipped 1 of 4000 documents: a\.jsonl:4000 \(not JSON"):
+        assert len(list(stream)) == 3998
+    stream = read_documents(file, strict=True)
+    with pytest.raises(ValueError, match=r"a\.jsonl:4000 \(not JSON.* repair or remove it"):
+        list(stream)
+
+
 def test_a_fault_counts_in_its_own_part_alone(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}").write_text("good")

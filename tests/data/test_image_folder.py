@@ -160,17 +160,71 @@ def test_uncached_pictures_equal_cached_ones_and_are_read_when_asked(folder):
         np.testing.assert_array_equal(left["image"], right["image"])
     shutil.rmtree(folder)
     assert len(cached.arrays()[0]) == 7
-    with pytest.raises(FileNotFoundError):
+    with (
+        pytest.warns(UserWarning, match=r"[124] picture\(s\) cannot be read any more"),
+        pytest.raises(OSError, match=r"none of 7 pictures can be read.*x\.png' \(No such file"),
+    ):
         lazy.arrays()
 
 
 def test_workers_decode_uncached_pictures(folder):
+    """And put the same picture in the place of one that is gone."""
     dataset = image_folder(folder, image_size=7, cache=False)
-    want = list(itertools.islice(batches(dataset, 3, seed=2), 3))
+    (folder / "c/f.jpeg").unlink()
+    with pytest.warns(UserWarning, match=r"f\.jpeg"):
+        want = list(itertools.islice(batches(dataset, 3, seed=2), 3))
     stream = batches(dataset, 3, seed=2, num_workers=1)
     for batch in want:
-        np.testing.assert_array_equal(next(stream)["image"], batch["image"])
+        read = next(stream)
+        np.testing.assert_array_equal(read["image"], batch["image"])
+        np.testing.assert_array_equal(read["label"], batch["label"])
     stream.close()
+
+
+def cut(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+
+
+def test_what_is_lost_while_training_is_replaced_by_what_follows(folder):
+    """One file removed, the next one cut: both show the picture and the label after them."""
+    dataset = image_folder(folder, image_size=13, cache=False, flip=False)
+    images, labels = dataset.arrays()
+    (folder / "b/2.png").unlink()
+    cut(folder / "c/d/e.png")
+    (folder / "c/g.jpg").write_text("no picture at all")  # the last one: the first follows
+    shown = [0, 1, 4, 4, 4, 0]
+    with pytest.warns(UserWarning) as caught:
+        found, names = dataset.take(np.arange(6))
+    np.testing.assert_array_equal(found, images[shown])
+    np.testing.assert_array_equal(names, labels[shown])
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == 2  # of the third nothing is said, nor of the others again
+    assert "image_folder: 1 picture(s) cannot be" in said[0] and "b/2.png' (No such" in said[0]
+    assert "2 picture(s)" in said[1] and "e.png' (" in said[1] and "truncated" in said[1]
+    stream = batches(dataset, 3, seed=2, num_epochs=1)
+    pairs = {(image.tobytes(), int(name)) for image, name in zip(images, labels, strict=True)}
+    for batch in stream:
+        for image, name in zip(batch["image"], batch["label"], strict=True):
+            assert (image.tobytes(), int(name)) in pairs
+
+
+def test_what_is_lost_never_comes_from_the_other_part(folder):
+    save(folder / "a/y.png", noise(13, 13, seed=7))  # a class of one cannot be split
+    dataset = image_folder(folder, image_size=13, cache=False, flip=False)
+    train, test = dataset.split(held_out=0.5, seed=0)
+    train_images, _ = train.arrays()
+    cut(Path(train.pixels.paths[0]))
+    with pytest.warns(UserWarning, match="1 picture"):
+        np.testing.assert_array_equal(train.arrays()[0][0], train_images[1])
+    assert {*test.pixels.paths}.isdisjoint(train.pixels.paths)
+
+
+def test_strict_names_what_is_lost_while_training(folder):
+    dataset = image_folder(folder, image_size=13, cache=False, strict=True)
+    (folder / "b/2.png").unlink()
+    with pytest.raises(OSError, match=r"b/2\.png' cannot be read any more \(No such file.*strict"):
+        list(batches(dataset, 2, seed=0, num_epochs=1))
 
 
 @pytest.fixture
@@ -178,8 +232,7 @@ def broken(folder):
     """The folder with a truncated JPEG, a truncated PNG and a text called .png added."""
     for name in ("b/cut.jpg", "c/cut.png"):
         save(folder / name, noise(37, 37))
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) * 2 // 3])
+        cut(folder / name)
     (folder / "a/text.png").write_text("this is no picture")
     return folder
 

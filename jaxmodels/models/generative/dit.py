@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.typing import Dtype
@@ -26,6 +25,7 @@ from jaxmodels.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from jaxmodels.layers.linear import Linear
 from jaxmodels.layers.mlp import Mlp
 from jaxmodels.layers.patch_embed import PatchEmbed
+from jaxmodels.layers.repeated_blocks import require_policy, run_stacked
 from jaxmodels.ops.norms import adaptive_layer_norm
 from jaxmodels.ops.patches import unpatchify
 from jaxmodels.ops.positions import sincos_positions_2d
@@ -142,6 +142,9 @@ class DiT(nn.Module):
       mixer: None is attention as published; the name of any bidirectional
         sequence mixer puts that in its place, with this model's heads.
       mixer_options: fields of the mixer.
+      remat: what the backward pass computes again, a policy of
+        `ops.rematerialisation`. "dots" takes a third of the memory of "none" and, as
+        reading memory is what costs, less time.
       dtype: of the computation; parameters are float32.
     """
 
@@ -157,6 +160,7 @@ class DiT(nn.Module):
     label_dropout: float = 0.1
     mixer: str | None = None
     mixer_options: Mapping[str, Any] = FrozenDict()
+    remat: str = "dots"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -208,24 +212,7 @@ class DiT(nn.Module):
     def _blocks(
         self, tokens: Float[Array, "B N D"], condition: Float[Array, "B D"]
     ) -> Float[Array, "B N D"]:
-        """One traced block, scanned over stacked parameters: compiles in the time of one.
-
-        The backward pass keeps only the matrix products of a block and computes
-        the rest again, which takes a third of the memory and, as reading memory
-        is what costs, less time.
-        """
-        block = nn.remat(
-            lambda block, tokens, condition: (block(tokens, condition), None),
-            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            prevent_cse=False,  # the scan already keeps the two passes apart
-        )
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-        )
+        """One traced block, scanned over stacked parameters: compiles in the time of one."""
         module = DiTBlock(
             self.num_heads,
             self.mlp_ratio,
@@ -234,9 +221,14 @@ class DiT(nn.Module):
             dtype=self.dtype,
             name="blocks",
         )
-        return blocks(module, tokens, condition)[0]
+
+        def block(module, tokens, _):
+            return module(tokens, condition)
+
+        return run_stacked(block, module, tokens, None, self.depth, self.remat)
 
     def _check(self, x: Float[Array, "B Y X C"]) -> None:
+        require_policy("DiT", self.remat)
         if self.width % 4 or self.width % self.num_heads:
             raise ValueError(
                 f"DiT: width={self.width} must be a multiple of 4 (sine and cosine of row and "

@@ -32,6 +32,7 @@ class Decoder(LanguageModel):
       mixer: the name of every layer's mixer, or one name a layer.
       mixer_options: fields of every layer's mixer, or a mapping a layer.
       context: the longest sequence it is meant for; None sets no limit.
+      remat, scan: see `LanguageModel`.
       dtype: of the computation; parameters are float32.
     """
 
@@ -42,6 +43,8 @@ class Decoder(LanguageModel):
     mixer: str | Sequence[str] = "softmax"
     mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] = FrozenDict()
     context: int | None = None
+    remat: str = "none"
+    scan: bool = False
     dtype: Dtype = jnp.float32
 
     def __post_init__(self):

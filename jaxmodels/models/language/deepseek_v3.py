@@ -103,6 +103,7 @@ class DeepseekV3(LanguageModel):
       tied: the table of embeddings is the output matrix too.
       context: the longest sequence it was made for.
       norm_eps: of all norms but those of latents.
+      remat, scan: see `LanguageModel`.
       dtype: of the computation; parameters are float32.
     """
 
@@ -136,6 +137,8 @@ class DeepseekV3(LanguageModel):
     tied: bool = False
     context: int | None = 4096
     norm_eps: float = 1e-6
+    remat: str = "none"
+    scan: bool = False
     dtype: Dtype = jnp.float32
 
     def setup(self):

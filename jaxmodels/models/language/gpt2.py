@@ -35,6 +35,7 @@ class GPT2(LanguageModel):
       vocab_size: tokens are 0 to vocab_size - 1.
       context: how many positions were learned.
       norm_eps: of the layer norms.
+      remat, scan: see `LanguageModel`.
       dtype: of the computation; parameters are float32.
     """
 
@@ -45,6 +46,8 @@ class GPT2(LanguageModel):
     vocab_size: int = 50_257
     context: int = 1024
     norm_eps: float = 1e-5
+    remat: str = "none"
+    scan: bool = False
     dtype: Dtype = jnp.float32
 
     def setup(self):

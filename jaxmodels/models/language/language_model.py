@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Key
 
+from jaxmodels.layers.repeated_blocks import require_policy, run_listed
 from jaxmodels.ops.cross_entropy import chunked_cross_entropy
 
 
@@ -63,9 +64,14 @@ class LanguageModel(nn.Module):
     """Base of the language models: tokens to the logits of the tokens that follow.
 
     A subclass has the fields `vocab_size`, `width`, `depth`, `context` (the longest
-    sequence that it was made for, or None) and `dtype`, a method `mixers`, and a
-    `setup` that makes `embed`, `block` (a list), `final_norm` and `head`, which is
-    None where the table of embeddings is the output matrix too.
+    sequence that it was made for, or None), `remat`, `scan` and `dtype`, a method
+    `mixers`, and a `setup` that makes `embed`, `block` (a list), `final_norm` and `head`,
+    which is None where the table of embeddings is the output matrix too.
+
+    `remat` is what the backward pass computes again, a policy of
+    `ops.rematerialisation`. With another one than "none", or with `scan`, equal
+    neighbouring blocks are one scan over a stack of their parameters: a copy of them, and
+    the time to compile one block. Not in decoding, where a state goes through them.
     """
 
     def __call__(
@@ -104,11 +110,35 @@ class LanguageModel(nn.Module):
         """The vectors that `logits` reads, and the new state; arguments as of a call."""
         states = [None] * self.depth if state is None else self._a_layer("state", state)
         x = self.embedded(tokens, positions, segment_ids, state)
+        x, after = self.through(self.block, x, positions, segment_ids, states, train)
+        return self.final_norm(x), None if state is None else after
+
+    def through(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        states: Sequence[Any],
+        train: bool,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """What some of the blocks make of x, and their new states.
+
+        Without states, and with another `remat` than "none" or with `scan`, equal
+        neighbours are one scan over their stacked parameters.
+        """
+        require_policy(type(self).__name__, self.remat)
+        if (self.scan or self.remat != "none") and all(before is None for before in states):
+
+            def call(block, x):
+                return block(x, positions, segment_ids, None, train)[0]
+
+            return run_listed(call, blocks, x, self.remat), (None,) * len(blocks)
         after = []
-        for block, before in zip(self.block, states, strict=True):
+        for block, before in zip(blocks, states, strict=True):
             x, new = block(x, positions, segment_ids, before, train)
             after.append(new)
-        return self.final_norm(x), None if state is None else tuple(after)
+        return x, tuple(after)
 
     def embedded(
         self,

@@ -38,6 +38,7 @@ class Llama(LanguageModel):
       tied: the table of embeddings is the output matrix too.
       context: the longest sequence it was made for.
       norm_eps: of all norms.
+      remat, scan: see `LanguageModel`.
       dtype: of the computation; parameters are float32.
     """
 
@@ -55,6 +56,8 @@ class Llama(LanguageModel):
     tied: bool = False
     context: int | None = 8192
     norm_eps: float = 1e-5
+    remat: str = "none"
+    scan: bool = False
     dtype: Dtype = jnp.float32
 
     def setup(self):

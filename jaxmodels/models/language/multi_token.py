@@ -115,11 +115,9 @@ class MultiToken(LanguageModel):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """What all heads read, and the state of the blocks before them."""
         states = [None] * (self.depth - 1) if state is None else state
-        x, after = self.trunk.embedded(tokens, positions, segment_ids, state), []
-        for block, before in zip(self.trunk.block[:-1], states, strict=True):
-            x, new = block(x, positions, segment_ids, before, train)
-            after.append(new)
-        return x, tuple(after)
+        x = self.trunk.embedded(tokens, positions, segment_ids, state)
+        blocks = self.trunk.block[:-1]
+        return self.trunk.through(blocks, x, positions, segment_ids, states, train)
 
     def head(
         self,

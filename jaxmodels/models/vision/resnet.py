@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxmodels.layers.conv_norm import ConvNorm
 from jaxmodels.layers.linear import Linear
+from jaxmodels.layers.repeated_blocks import require_policy, run_in_turn
 from jaxmodels.models.vision.checks import require_images
 from jaxmodels.ops.pooling import max_pool
 from jaxmodels.registry import register_model
@@ -99,6 +100,8 @@ class ResNet(nn.Module):
       output_stride: of the last stage, 8, 16 or 32; smaller ones dilate. Counted
         with the stem of "imagenet"; that of "cifar" has a quarter of it.
       norm: "batch", or "frozen" for statistics and scales that do not train.
+      remat: what the backward pass computes again, a policy of
+        `ops.rematerialisation`, a stage by itself; not on CPUs (see `run_in_turn`).
       dtype: of the computation; parameters are float32.
     """
 
@@ -112,6 +115,7 @@ class ResNet(nn.Module):
     stride_on: str = "3x3"
     output_stride: int = 32
     norm: str = "batch"
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
@@ -181,8 +185,12 @@ class ResNet(nn.Module):
             x = max_pool(x, 3, stride=2, padding=1)
         maps = {}
         for i, stage in enumerate(self.stages):
-            for block in stage:
-                x = block(x, train=train)
+
+            def run(model, block, x, stage=i):
+                return model.stages[stage][block](x, train=train)
+
+            last = i == len(self.depths) - 1
+            x = run_in_turn(run, self, x, len(stage), self.remat, last=last)
             maps[f"C{i + 2}"] = x
         return maps
 
@@ -209,6 +217,7 @@ class ResNet(nn.Module):
         return dilations
 
     def _check(self) -> None:
+        require_policy(type(self).__name__, self.remat)
         choices = {"stem": ("imagenet", "cifar"), "stride_on": ("3x3", "1x1")}
         choices["output_stride"] = (8, 16, 32)
         for field, allowed in choices.items():

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmodels.layers.drop_path import DropPath, drop_path_rates
 from jaxmodels.layers.linear import Linear
 from jaxmodels.layers.patch_embed import PatchEmbed
+from jaxmodels.layers.repeated_blocks import require_policy, run_in_turn
 from jaxmodels.models.vision.checks import require_images
 from jaxmodels.models.vision.feed_forward import FeedForward
 from jaxmodels.ops.shifted_windows import map_windows, relative_places
@@ -150,6 +151,8 @@ class SwinTransformer(nn.Module):
       mlp_ratio: hidden width of the feed-forward over width.
       dropout: after the patch embedding.
       drop_path: stochastic depth of the last block, from 0 in the first.
+      remat: what the backward pass computes again, a policy of
+        `ops.rematerialisation`, a stage by itself; not on CPUs (see `run_in_turn`).
       dtype: of the computation; parameters are float32.
     """
 
@@ -163,6 +166,7 @@ class SwinTransformer(nn.Module):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     drop_path: float = 0.1
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
@@ -219,8 +223,12 @@ class SwinTransformer(nn.Module):
         maps = {}
         for i, blocks in enumerate(self.stages):
             x = self.merges[i - 1](x) if i else x
-            for block in blocks:
-                x = block(x, train=train)
+
+            def run(model, block, x, stage=i):
+                return model.stages[stage][block](x, train=train)
+
+            last = i == len(self.depths) - 1
+            x = run_in_turn(run, self, x, len(blocks), self.remat, last=last)
             maps[f"C{i + 2}"] = x
         *_, last = maps
         return {**maps, last: self.norm(x)}
@@ -241,6 +249,7 @@ class SwinTransformer(nn.Module):
 
     def _check(self) -> None:
         name = type(self).__name__
+        require_policy(name, self.remat)
         if len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"{name}: depths={self.depths} and num_heads={self.num_heads} differ in length"

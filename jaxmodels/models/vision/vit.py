@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.typing import Dtype
@@ -27,6 +26,7 @@ from jaxmodels.layers.attention_pool import AttentionPool
 from jaxmodels.layers.drop_path import drop_path_rates
 from jaxmodels.layers.linear import Linear
 from jaxmodels.layers.patch_embed import PatchEmbed
+from jaxmodels.layers.repeated_blocks import require_policy, run_stacked
 from jaxmodels.models.vision.checks import require_images
 from jaxmodels.models.vision.vit_block import ViTBlock
 from jaxmodels.ops.resize import resize
@@ -62,6 +62,8 @@ class VisionTransformer(nn.Module):
       mixer: None is attention as published; the name of any bidirectional
         sequence mixer puts that in its place, with this model's heads.
       mixer_options: fields of the mixer.
+      remat: what the backward pass computes again, a policy of
+        `ops.rematerialisation`.
       dtype: of the computation; parameters are float32.
     """
 
@@ -84,6 +86,7 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0
     mixer: str | None = None
     mixer_options: Mapping[str, Any] = FrozenDict()
+    remat: str = "dots"
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
@@ -218,24 +221,16 @@ class VisionTransformer(nn.Module):
         return resize(grid, (rows, columns), method="bicubic").reshape(-1, self.width)
 
     def _run_blocks(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
-        """One traced block, scanned over stacked parameters; recomputes as `DiT` does."""
-        block = nn.remat(
-            lambda block, x, rate: (
-                block(x, rate if self.drop_path else 0.0, train=train),
-                None,
-            ),
-            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            prevent_cse=False,  # the scan already keeps the two passes apart
-        )
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.depth,
-        )
-        return blocks(self.blocks, x, jnp.asarray(drop_path_rates(self.drop_path, self.depth)))[0]
+        """One traced block, scanned over stacked parameters."""
+
+        def block(module, x, rate):
+            return module(x, rate if self.drop_path else 0.0, train=train)
+
+        rates = jnp.asarray(drop_path_rates(self.drop_path, self.depth))
+        return run_stacked(block, self.blocks, x, rates, self.depth, self.remat)
 
     def _check(self) -> None:
+        require_policy("VisionTransformer", self.remat)
         if self.pool not in _POOLS:
             raise ValueError(f"VisionTransformer: pool={self.pool!r} is none of {sorted(_POOLS)}")
         if self.width % self.num_heads:
