@@ -13,7 +13,12 @@ Measured  A perceptron on 300 handwritten digits of scikit-learn, three tenths o
           the learning rate at that decay, over the best pair. The decay is what
           `make_optimizer` takes, and PyTorch: AdamW multiplies it by the
           learning rate. The paper's is that product.
-Run       python experiments/adamw_or_adam.py            (about 4 min on 2 CPU cores)
+Found     The second half holds. AdamW's best decay is 4 at every learning rate but the
+          lowest, and choosing in turn costs 0.3 of a per cent of the pictures instead of
+          0.9; of the decays as the paper counts them that is not so, for they must
+          double with the rate. The first half does not: 13.8 instead of 14.1 %, which is
+          1.6 standard errors.
+Run       python experiments/adamw_or_adam.py            (about 6 min on 2 CPU cores)
           python experiments/adamw_or_adam.py --help
 """
 
@@ -190,7 +195,7 @@ def conclude(config: Config, wrong: dict[str, np.ndarray]) -> Result:
 
 
 def draw_figure(config: Config, folder: Path, wrong: dict[str, np.ndarray]) -> None:
-    """Two heat maps on one scale; a ring is the best pair, dots the best decay of each rate."""
+    """Two heat maps on one scale; a ring is the best pair, frames the best decay of each rate."""
     errors = {name: 100 * found.mean(axis=-1) for name, found in wrong.items()}
     low = min(found.min() for found in errors.values())
     figure = plots.new_figure(width=12.0, height=5.0)
@@ -203,10 +208,10 @@ def draw_figure(config: Config, folder: Path, wrong: dict[str, np.ndarray]) -> N
             dark = value > 1.6 * low
             color = "white" if dark else plots.INK
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
-        axes.plot(found.argmin(axis=1), range(len(found)), ".", color=plots.PALETTE[1])
+        mark = {"linestyle": "", "color": plots.PALETTE[1], "markerfacecolor": "none"}
+        axes.plot(found.argmin(axis=1), range(len(found)), marker="s", markersize=22, **mark)
         row, column = np.unravel_index(found.argmin(), found.shape)
-        ring = {"markersize": 22, "markerfacecolor": "none", "markeredgewidth": 2}
-        axes.plot(column, row, "o", color=plots.PALETTE[1], **ring)
+        axes.plot(column, row, marker="o", markersize=26, markeredgewidth=2, **mark)
         axes.set_xticks(range(len(grids[name])), [f"{d:.2g}" for d in grids[name]])
         axes.set_yticks(
             range(len(config.learning_rates)), [f"{r:.2g}" for r in config.learning_rates]

@@ -12,7 +12,7 @@ Measured  Mean squares of activations, and of gradients in them, layer by layer,
           closed forms; the exponent of depth in the change of the output that a small
           step of gradient descent makes; the exponent of width in the learning rate
           that ends at the lowest loss, on digits.
-Run       python experiments/signal_propagation.py            (about 1 min on 2 CPU cores)
+Run       python experiments/signal_propagation.py            (about 2 min on 2 CPU cores)
           python experiments/signal_propagation.py --help
 """
 
@@ -313,29 +313,30 @@ def draw_figure(config: Config, folder: Path, found: dict) -> None:
     axes = figure.subplots(2, 3).ravel()
     layers = np.arange(1, config.depth + 1)
 
-    def draw(axes, lines, y, title, x="layer", **options):
-        shown = {
-            name: (np.asarray(xs)[ok], np.asarray(ys)[ok])
-            for name, (xs, ys) in lines.items()
-            if (ok := np.isfinite(ys) & (np.asarray(ys) > 1e-35)).any()
-        }
-        plots.curve(axes, shown, x, y, title=title, logy=True, **options)
+    def draw(axes, lines, y, title, x="layer"):
+        """As logarithms, because thirty decades have no readable logarithmic axis."""
+        logs = {name: (layers[line > 0], np.log10(line[line > 0])) for name, line in lines.items()}
+        plots.curve(axes, logs, x, f"log10 of the mean square of {y}", title=title)
 
-    first = {name: (layers, squares) for name, (squares, _) in found["initialisers"].items()}
-    draw(axes[0], first, "mean square of activations", "initialisers, ReLU")
+    first = {name: squares for name, (squares, _) in found["initialisers"].items()}
+    draw(axes[0], first, "activations", "initialisers, ReLU")
     for at, which, what in ((1, 0, "activations"), (2, 1, "gradients")):
-        lines = {name: (layers, pair[which]) for name, pair in found["norms"].items()}
-        draw(axes[at], lines, f"mean square of {what}", f"norms: {what}")
-    lines = {name: (layers, squares) for name, squares in found["skips"].items()}
-    draw(axes[3], lines, "mean square of blocks", "skips", x="block")
-    lines = {name: (config.depths, changes) for name, changes in found["changes"].items()}
-    draw(axes[4], lines, "change by a small step / rate", "skips: a step", x="depth", logx=True)
-    ends = (0, len(config.widths) - 1)
-    lines = {
-        f"{name}, width {config.widths[at]}": (np.log2(RATES), found["rates"][name][at])
-        for name, at in itertools.product(found["rates"], ends)
-    }
-    draw(axes[5], lines, "loss at the end", "learning rates", x="log2 of the learning rate")
+        lines = {name: pair[which] for name, pair in found["norms"].items()}
+        draw(axes[at], lines, what, f"norms: {what}")
+    draw(axes[3], found["skips"], "blocks", "skips", x="block")
+    depths = np.array(config.depths)
+    lines = {name: (depths, np.array(changes)) for name, changes in found["changes"].items()}
+    title = "skips: a first step"
+    plots.curve(axes[4], lines, "depth", "change / rate", logx=True, logy=True, title=title)
+    lines = {}
+    for name, at in itertools.product(found["rates"], (0, len(config.widths) - 1)):
+        losses = found["rates"][name][at]
+        if (ended := np.isfinite(losses)).any():
+            lines[f"{name}, width {config.widths[at]}"] = np.log2(RATES[ended]), losses[ended]
+    title = "learning rates, up to divergence"
+    plots.curve(
+        axes[5], lines, "log2 of the learning rate", "loss at the end", logy=True, title=title
+    )
     plots.save_figure(figure, folder / "figure.png")
 
 

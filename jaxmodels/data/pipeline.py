@@ -32,8 +32,8 @@ _RUNNING: weakref.WeakSet["_BatchIterator"] = weakref.WeakSet()
 class Pixels(Protocol):
     """A uint8 (N, Y, X, C) array, or what turns into one by `np.asarray` when it is needed.
 
-    If it also has `read`, that takes indices and returns levels and the indices of what
-    they show, which may be others where pictures cannot be read.
+    If it also has `read`, that takes indices and which of them to mirror left to right, and
+    returns levels and the indices of what they show, others where some cannot be read.
     """
 
     @property
@@ -62,6 +62,9 @@ class Dataset(Protocol):
         self, indices: Int[np.ndarray, "B"], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         """The examples at `indices` stacked, changed at random by `rng` and nothing else."""
+
+    # Optional, a pair: `compact_batch`, of the same arguments, returns what workers send to
+    # the main process, and `finish` makes of it what `batch` returns.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,24 +102,42 @@ class ImageDataset:
         self, indices: Int[np.ndarray, "B"]
     ) -> tuple[Float32[np.ndarray, "B Y X C"], Int32[np.ndarray, "B"]]:
         """Pictures in [-1, 1] and their labels, several at once."""
-        if hasattr(self.pixels, "read"):
-            levels, indices = self.pixels.read(indices)
-        else:
-            levels = np.asarray(self.pixels[indices])
-        images = levels.astype(np.float32)
-        images /= self.white / 2
-        images -= 1
-        return images, self.labels[indices]
+        levels, labels = self._levels(indices, np.zeros(len(indices), bool))
+        return self._scaled(levels), labels
 
     def batch(
         self, indices: Int[np.ndarray, "B"], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         """`{"image": (B, Y, X, C), "label": (B,)}`, mirrored at random if `flip`."""
-        images, labels = self.take(indices)
-        if self.flip:
-            mirrored = rng.random(len(images)) < 0.5
-            images[mirrored] = images[mirrored, :, ::-1]
-        return {"image": images, "label": labels}
+        return self.finish(self.compact_batch(indices, rng))
+
+    def compact_batch(
+        self, indices: Int[np.ndarray, "B"], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """A batch as workers send it, a quarter of its size; `finish` makes it whole."""
+        draws = rng.random(len(indices)) if self.flip else np.ones(len(indices))
+        levels, labels = self._levels(indices, draws < 0.5)
+        return {"image": levels, "label": labels}
+
+    def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """From grey or colour levels to [-1, 1]."""
+        return {**batch, "image": self._scaled(batch["image"])}
+
+    def _levels(self, indices, mirrored):
+        if hasattr(self.pixels, "read"):
+            levels, indices = self.pixels.read(indices, mirrored)
+        else:
+            levels = np.asarray(self.pixels[indices])
+            levels[mirrored] = levels[mirrored, :, ::-1]
+        return levels, self.labels[indices]
+
+    def _scaled(self, levels: UInt8[np.ndarray, "B Y X C"]) -> Float32[np.ndarray, "B Y X C"]:
+        images = np.empty(levels.shape, np.float32)
+        # One by one, a picture is still in the cache when it is scaled and shifted.
+        for image, level in zip(images, levels, strict=True):
+            np.divide(level, np.float32(self.white / 2), out=image, dtype=np.float32)
+            image -= 1
+        return images
 
     def arrays(self) -> tuple[Float32[np.ndarray, "N Y X C"], Int32[np.ndarray, "N"]]:
         """The whole data set as two arrays, in order and unmirrored."""
@@ -210,7 +231,11 @@ def batches(
             f"process_count={process_count} processes reads of {len(dataset)}; pass at most {share}"
         )
     groups = np.asarray(getattr(dataset, "groups", np.zeros(len(dataset), np.int32)))
-    read = _ReadBatch(dataset, groups, batch_size, seed, shuffle, process_index, process_count)
+    # Sending a batch costs as much as scaling it, so that is left to this process.
+    compact = num_workers > 0 and hasattr(dataset, "compact_batch")
+    read = _ReadBatch(
+        dataset, groups, batch_size, seed, shuffle, process_index, process_count, compact
+    )
     _check_groups(read)
     count = sys.maxsize if num_epochs is None else num_epochs * read.batches_per_epoch
     return _BatchIterator(read, count, num_workers)
@@ -227,6 +252,7 @@ class _ReadBatch:
     shuffle: bool
     process_index: int
     process_count: int
+    compact: bool
 
     @functools.cached_property
     def batches_per_group(self) -> Int[np.ndarray, "G"]:
@@ -239,7 +265,8 @@ class _ReadBatch:
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(number, self.batches_per_epoch)
         rng = _generator(self.seed, _DRAWS, number, self.process_index)
-        return self.dataset.batch(self._indices(epoch, place), rng)
+        read = self.dataset.compact_batch if self.compact else self.dataset.batch
+        return read(self._indices(epoch, place), rng)
 
     def _indices(self, epoch: int, place: int) -> Int[np.ndarray, "B"]:
         size = len(self.dataset)
@@ -272,7 +299,7 @@ class _BatchIterator(grain.DatasetIterator):
         self.start_prefetch()
         batch = next(self._ahead)
         self._position += 1
-        return batch
+        return self._read.dataset.finish(batch) if self._read.compact else batch
 
     def get_state(self) -> dict[str, Any]:
         return {"next_batch": self._position}

@@ -35,6 +35,9 @@ class MixtureOfExperts(nn.Module):
     collection "losses", multiplied by their coefficients; how many tokens each expert
     had, in "intermediates" as "expert_load".
 
+    Where no token is dropped, experts may lie on different devices of a mesh, and tokens
+    travel to them (`ops.expert_parallel`).
+
     Attributes:
       num_experts: E.
       top_k: experts a token.

@@ -79,9 +79,10 @@ def run_listed(
 ) -> Any:
     """Applies blocks one after the other, equal neighbours as one scan over stacked variables.
 
-    A scan is traced and compiled once whatever its length, and no compiler undoes the
-    rematerialisation in it. The stack is a copy of the parameters. A block without an
-    equal neighbour is run by itself, and kept or computed again as a whole.
+    A scan is traced once whatever its length, and no compiler undoes the rematerialisation
+    in it. The stack is a copy of the parameters, and to compile its making takes XLA about
+    as long as the blocks of a narrow model. A block without an equal neighbour is a scan
+    of one, which XLA takes away.
 
     Args:
       call: `(block, x) -> x`, one block.

@@ -37,7 +37,7 @@ def chunked_cross_entropy(
       targets: in [0, V). A token of weight 0 may have any, such as -1.
       weights: of the tokens, not negative; None is 1 for each. All 0 gives loss 0.
       z_loss: coefficient of (log Z)^2, which keeps logits from drifting.
-      chunk_size: the most tokens whose logits exist at once.
+      chunk_size: the most tokens whose logits exist at once, on a device.
 
     Returns:
       The loss, and its terms for the log, "cross_entropy" and with z_loss "z_loss",
@@ -55,9 +55,7 @@ def chunked_cross_entropy(
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
     sums_of = partial(_sums_in_chunks, z_loss, chunk_size)
-    if hidden.ndim == 3 and axis_size("sequence") > 1:
-        sums_of = _on_parts_of_sequences(sums_of, *targets.shape)
-    sums = sums_of(kernel, hidden, targets, weights)
+    sums = _on_mesh(sums_of, targets.shape)(kernel, hidden, targets, weights)
     total = jnp.sum(weights, dtype=jnp.float32)
     # A sum of no tokens is 0 already, and stays it.
     loss, cross_entropy = (x / jnp.where(total > 0, total, 1.0) for x in sums)
@@ -92,12 +90,17 @@ def _sums_in_chunks(z_loss, chunk_size, kernel, hidden, targets, weights):
     return _weighted_sums(z_loss, kernel, *jax.tree.map(partial(_split, chunks), tokens))
 
 
-def _on_parts_of_sequences(sums_of, examples, length):
-    """Each device sums its own tokens; all in one row, those of a sequence would be gathered."""
-    if length % axis_size("sequence"):
+def _on_mesh(sums_of, shape):
+    """Each device sums its own tokens: XLA would add up the kernel's gradient in every chunk.
+
+    Parts of sequences, all in one row, would even be gathered.
+    """
+    along = len(shape) == 2 and axis_size("sequence") > 1 and shape[1] % axis_size("sequence") == 0
+    examples = batch_axes(shape[0]) if shape else ()
+    axes = examples + ("sequence",) * along
+    if not axes:
         return sums_of
-    axes = (*batch_axes(examples), "sequence")
-    tokens = PartitionSpec(axes[:-1] or None, "sequence")
+    tokens = PartitionSpec(examples or None, *("sequence",) * along)
 
     def on_device(*arguments):
         return lax.psum(sums_of(*vary_alike(arguments)), axes)

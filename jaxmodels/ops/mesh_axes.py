@@ -7,11 +7,12 @@ is none they compute as ever.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
-from jax.sharding import AxisType
+from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec
 
 # From the outermost to the innermost: neighbours on the last axes talk the most.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
@@ -36,6 +37,28 @@ def batch_axes(examples: int) -> tuple[str, ...]:
     """The axes that examples are split over; none if there are too few to divide."""
     present = tuple(name for name in BATCH_AXES if axis_size(name) > 1)
     return present if examples % axis_size(*present) == 0 else ()
+
+
+def for_each_token(function: Callable[[Array], Any], x: Array) -> Any:
+    """`function(x)` of a function that treats what lies along the leading axes alone.
+
+    For operations that XLA would gather all tokens for, though none needs another.
+
+    Args:
+      function: takes and gives arrays whose leading axes are x's; keeps the last apart.
+      x: (B, D), or (B, T, ..., D) with time that may be split.
+
+    Returns:
+      What the function returns.
+    """
+    examples = batch_axes(len(x)) if x.ndim > 1 else ()
+    parts = axis_size("sequence")
+    along = x.ndim > 2 and parts > 1 and x.shape[1] % parts == 0
+    axes = examples + ("sequence",) * along
+    if not axes:
+        return function(x)
+    spec = PartitionSpec(examples or None, *("sequence",) * along)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names=set(axes))(x)
 
 
 def vary_alike(arrays: Any) -> Any:

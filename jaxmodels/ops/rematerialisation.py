@@ -102,12 +102,13 @@ def scan_blocks(body: Body, carry: Any, xs: Any, remat: str) -> tuple[Any, Any]:
     their products when the group is computed again.
     """
     require_policy("scan_blocks", remat)
-    if remat != "none":
-        # The loop already keeps the two passes apart.
-        body = jax.checkpoint(body, policy=checkpoint_policy(remat), prevent_cse=False)
-    if remat not in _GROUPED:
-        return lax.scan(body, carry, xs)
     count = jax.tree.leaves(xs)[0].shape[0]
+    if remat != "none":
+        # A loop already keeps the two passes apart; but XLA takes one of one step away.
+        alone = count == 1
+        body = jax.checkpoint(body, policy=checkpoint_policy(remat), prevent_cse=alone)
+    if remat not in _GROUPED or count == 1:
+        return lax.scan(body, carry, xs)
     size = group_size(count, remat)
     whole = count - count % size
 

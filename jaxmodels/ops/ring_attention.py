@@ -51,11 +51,11 @@ def ring_attention(
     out_t = sum over devices j of exp(L_tj - L_t) out_tj,   L_t = log sum_j exp(L_tj)
 
     with out_tj the attention to the keys of device j and L_tj the logarithm of the
-    sum of their exponentials, in float32 or wider. P devices send their keys and
-    values on P times, so a device sends what all of them have once, and twice that
-    with its gradients; memory is that of a device's own part. The next part is sent
-    while this one is attended to. If causal, parts are exchanged before and after
-    so that all devices have equal work, where their length is even.
+    sum of their exponentials, in float32 or wider. P devices send keys and values on
+    P times, which is as much as all of them together have, and backwards that and its
+    gradients; memory is that of a device's own part. The next part is sent while this
+    one is attended to. If causal, parts are exchanged before and after so that all
+    devices have equal work, where their length is even.
 
     Args:
       q, k, v: the device's part of queries, keys and values; parts lie in the order

@@ -1,11 +1,14 @@
 """Which experts see which tokens, and what keeps their loads even."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.ops.checks import require_shape
+from jaxmodels.ops.mesh_axes import for_each_token
 
 
 def top_k_routing(
@@ -56,7 +59,7 @@ def top_k_routing(
         preferred = scores + jnp.broadcast_to(bias, scores.shape)
     if top_groups < groups:
         preferred = _within_best_groups(preferred, groups, top_groups)
-    _, experts = lax.top_k(lax.stop_gradient(preferred), top_k)
+    _, experts = for_each_token(partial(lax.top_k, k=top_k), lax.stop_gradient(preferred))
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if renormalise:
         # Sigmoids may all be zero in float32.
@@ -90,8 +93,8 @@ def check_choice(name: str, num_experts: int, top_k: int, groups: int, top_group
 
 def _within_best_groups(scores, groups, top_groups):
     grouped = scores.reshape(*scores.shape[:-1], groups, -1)
-    quality = lax.top_k(grouped, 2)[0].sum(axis=-1)
-    _, best = lax.top_k(quality, top_groups)
+    quality = for_each_token(partial(lax.top_k, k=2), grouped)[0].sum(axis=-1)
+    _, best = for_each_token(partial(lax.top_k, k=top_groups), quality)
     allowed = jax.nn.one_hot(best, groups, dtype=bool).any(axis=-2)
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(scores.shape)
 

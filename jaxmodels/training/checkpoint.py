@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxmodels.training import processes
-from jaxmodels.training.checksums import checksums, require_checksums
+from jaxmodels.training.checksums import checksums, require_checksums, require_same_arrays
 
 # Of Orbax's own files, generously.
 _OVERHEAD_BYTES = 256 * 2**10
@@ -102,15 +102,23 @@ class Checkpointer:
           `(state, facts)`, or None when there is no checkpoint at all.
 
         Raises:
-          OSError: there are checkpoints, and every one is damaged.
+          ValueError: the newest one is of another model or optimizer.
+          OSError: there are checkpoints, and every one is damaged. They stay in the
+            directory, under names that begin with "damaged".
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             restored, problem = None, ""
             try:
-                restored = self._restore_step(step, like)
+                saved = self._read_facts(step)
             except Exception as error:
                 problem = _first_line(error)
+            else:
+                require_same_arrays(like, saved["checksums"])
+                try:
+                    restored = self._read_state(step, like, saved["checksums"]), saved["facts"]
+                except Exception as error:
+                    problem = _first_line(error)
             # Every process has read another part of it.
             problem = next(filter(None, processes.gather(problem)), "")
             if not problem:
@@ -121,8 +129,7 @@ class Checkpointer:
                     f"{problem}",
                     stacklevel=2,
                 )
-            # Training will come by this step again and must be able to save it.
-            self._manager.delete(step)
+            self._set_aside(step)
         if steps:
             raise OSError(
                 f"Checkpointer: none of the checkpoints {steps} in {self._directory} can be read; "
@@ -160,13 +167,21 @@ class Checkpointer:
         args = ocp.args.Composite(facts=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["facts"]
 
-    def _restore_step(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        saved = self._read_facts(step)
+    def _read_state(self, step: int, like: Any, expected: Mapping[str, Any]) -> Any:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self._manager.restore(step, args=args)["state"]
-        require_checksums(state, saved["checksums"])
-        return state, saved["facts"]
+        require_checksums(state, expected)
+        return state
+
+    def _set_aside(self, step: int) -> None:
+        """Training will come by this step again and must be able to save it."""
+        if processes.is_first():
+            place = self._directory / f"damaged_{step}"
+            shutil.rmtree(place, ignore_errors=True)
+            (self._directory / str(step)).rename(place)
+        processes.gather(None)
+        self._manager.reload()
 
     def _require_room(self, state: Any) -> None:
         """Refuses beforehand: a write that fails half-way costs time and a page of tracebacks."""

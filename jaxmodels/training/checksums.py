@@ -66,6 +66,42 @@ def require_checksums(tree: Any, expected: Mapping[str, Any]) -> None:
                 raise OSError(f"the contents of {name} do not match their checksum")
 
 
+def require_same_arrays(tree: Any, expected: Mapping[str, Any]) -> None:
+    """Tells a state of another model or optimizer from a damaged one.
+
+    Args:
+      tree: arrays, or what has their shapes.
+      expected: from `checksums`.
+
+    Raises:
+      ValueError: paths or shapes differ; says which.
+    """
+    now = {
+        path_name(path): tuple(_numbers(leaf).shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    if other := sorted(set(now) ^ set(expected)):
+        some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+        raise ValueError(
+            f"Checkpointer: the checkpoint is of another model or optimizer: {some} "
+            f"{'is' if len(other) == 1 else 'are'} in only one of the two; use another directory, "
+            "or the code and options it was made with"
+        )
+    for name, sums in expected.items():
+        there = _shape(sums) if isinstance(sums, Mapping) else now[name]
+        if there != now[name]:
+            raise ValueError(
+                f"Checkpointer: the checkpoint is of another model or optimizer: {name} is {there} "
+                f"there and {now[name]} now; use another directory, or the sizes it was made with"
+            )
+
+
+def _shape(sums: Mapping[str, int]) -> tuple[int, ...]:
+    """Where the last piece ends on each axis."""
+    ends = [[part.stop for part in _slices(place)] for place in sums]
+    return tuple(map(max, zip(*ends, strict=True)))
+
+
 def _pieces(leaf: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The parts of an array that this process answers for."""
     leaf = _numbers(leaf)

@@ -69,7 +69,7 @@ def peak_flops(devices: int) -> float:
 
 
 def _count(jaxpr: core.Jaxpr) -> float:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
 def _of_equation(equation: core.JaxprEqn) -> float:

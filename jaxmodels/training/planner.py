@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from jaxmodels.ops.mesh_axes import BATCH_AXES
+from jaxmodels.ops.mesh_axes import AXES, BATCH_AXES
 from jaxmodels.ops.rematerialisation import POLICIES
 from jaxmodels.registry import module_fields
 from jaxmodels.training.liveness import peak_bytes
@@ -120,7 +120,7 @@ def plan(
     example_batch: Mapping[str, Any],
     batch: Mapping[str, Any],
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     rules: Rules = (),
     precision: str = "float32",
     accumulate: int = 1,
@@ -141,12 +141,15 @@ def plan(
       model: a linen module.
       loss_fn: `model -> loss function`, so that other policies can be tried; the loss
         function is as of `make_step`.
-      optimizer, example_batch, mesh, rules, ema: as of `init_state`.
+      optimizer, example_batch, rules, ema: as of `init_state`.
+      mesh: from `make_mesh`, or its text, whose devices need not be there; by default one
+        device.
       batch: what the loss gets, arrays or `jax.ShapeDtypeStruct`s of the whole batch.
       precision, accumulate: as of `make_step`.
 
     Raises:
-      ValueError: accumulation or the mesh does not divide the batch; unknown precision.
+      ValueError: accumulation or the mesh does not divide the batch; unknown precision, or
+        a text that is no mesh.
     """
     options = {"rules": rules, "precision": precision, "ema": ema}
 
@@ -247,12 +250,15 @@ def _local_batch(batch: Mapping[str, Any], mesh: Any, accumulate: int) -> Any:
 
 
 def _sizes(mesh: Mesh | str | None) -> dict[str, int]:
-    if mesh is None:
-        return {}
-    if isinstance(mesh, str):
-        axis, _, size = mesh.partition("=")
-        return {axis: int(size)}
-    return dict(mesh.shape)
+    if not isinstance(mesh, str):
+        return {} if mesh is None else dict(mesh.shape)
+    pairs = [[piece.strip() for piece in part.split("=")] for part in mesh.split(",")]
+    if any(len(p) != 2 or p[0] not in AXES or not p[1].isdigit() or p[1] == "0" for p in pairs):
+        raise ValueError(
+            f"plan: cannot read mesh={mesh!r}; write axis=size pairs such as 'data=2,fsdp=4' with "
+            f"axes from {', '.join(AXES)}"
+        )
+    return {axis: int(size) for axis, size in pairs}
 
 
 def _mesh(sizes: Mapping[str, int]) -> Mesh:

@@ -158,8 +158,8 @@ def check_axes_used(shardings: Any, mesh: Mesh) -> None:
     Raises:
       ValueError: nothing is split over one of these axes.
     """
-    leaves = jax.tree.leaves(shardings)
-    used = {axis for leaf in leaves for axis in leaf.spec if axis is not None}
+    parts = [part for leaf in jax.tree.leaves(shardings) for part in leaf.spec]
+    used = {axis for part in parts for axis in (part if isinstance(part, tuple) else (part,))}
     for axis in ("tensor", "expert"):
         if mesh.shape.get(axis, 1) > 1 and axis not in used:
             raise ValueError(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from jaxmodels.training.loss_scale import initial_loss_scale
 from jaxmodels.training.precision import scales_loss
-from jaxmodels.training.sharding import Rules, make_mesh, tree_shardings
+from jaxmodels.training.sharding import Rules, check_axes_used, make_mesh, tree_shardings
 
 
 @flax.struct.dataclass
@@ -21,7 +21,7 @@ class TrainState:
     """Parameters and all that is needed to go on training them.
 
     Attributes:
-      step: updates done so far, an int32 scalar.
+      step: steps done so far, skipped ones too, an int32 scalar.
       params: the parameters, float32.
       opt_state: the optimizer's state.
       ema: moving average of the parameters, or None.
@@ -89,7 +89,8 @@ def init_state(
       A `TrainState` at step 0; a `ScaledTrainState` for float16.
 
     Raises:
-      ValueError: unknown precision, or rules that do not fit the mesh.
+      ValueError: unknown precision, rules that do not fit the mesh, or an axis of the
+        mesh that nothing is split over.
     """
     init_key, run_key = jax.random.split(key)
     scaled = scales_loss(precision)
@@ -115,5 +116,6 @@ def init_state(
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     abstract = jax.eval_shape(build, init_key, run_key)
     shardings = tree_shardings(abstract, mesh, rules)
+    check_axes_used(shardings, mesh)
     state = jax.jit(build, out_shardings=shardings)(init_key, run_key)
     return state.replace(placement=tuple(jax.tree.leaves(shardings)))

@@ -17,6 +17,8 @@ from jaxmodels.training.precision import (
     matching_paths,
     scales_loss,
 )
+from jaxmodels.training.runtime import current_runtime
+from jaxmodels.training.sharding import placed_on
 from jaxmodels.training.state import TrainState
 
 LossFn = Callable[[Any, Any, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Array]]]
@@ -32,7 +34,7 @@ def make_step(
     precision: str = "float32",
     accumulate: int = 1,
     ema: float | None = None,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool | None = None,
     keep_float32: str | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """Compiles `(state, batch) -> (state, metrics)`.
@@ -55,7 +57,8 @@ def make_step(
       ema: decay of the moving average, or None. The first steps use the smaller
         `(1 + n) / (10 + n)`, or the average would remember the initial values.
       skip_nonfinite: a step whose loss or a gradient is not finite changes
-        nothing but `step`, so that data and keys go on.
+        nothing but `step`, so that data and keys go on; None is what the command
+        line asked for, `--on-nan skip`.
       keep_float32: regular expression; the parameters whose paths it is found
         in stay float32. A linen module whose parameters all do computes in
         float32 as well, whatever its `dtype`; so name layers whole. Outside
@@ -78,6 +81,8 @@ def make_step(
         raise ValueError(f"make_step: accumulate={accumulate} must be at least 1")
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"make_step: ema={ema} must lie in (0, 1); None means no average")
+    if skip_nonfinite is None:
+        skip_nonfinite = current_runtime().on_nan == "skip"
 
     def gradients(scale, params, model_state, batch, key):
         kept = matching_paths(params, keep_float32)
@@ -96,24 +101,28 @@ def make_step(
         (_, (loss, metrics, model_state)), grads = of(params)
         return (grads, {"loss": loss, **metrics}), model_state
 
+    def update(state, grads, model_state):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema if ema is None else _move(state.ema, params, state.step, ema)
+        return state.replace(
+            params=params, opt_state=opt_state, ema=average, model_state=model_state
+        )
+
     def step(state, batch):
         _check_state(state, precision, ema)
         key = jax.random.fold_in(state.key, state.step)
         scale = state.loss_scale
-        (grads, metrics), model_state = _accumulated(
-            functools.partial(gradients, scale), accumulate
-        )(state.params, state.model_state, batch, key)
+        several = _accumulated(functools.partial(gradients, scale), accumulate)
+        with placed_on(state.placement):
+            (grads, metrics), model_state = several(state.params, state.model_state, batch, key)
         grads = grads if scale is None else scale.unscaled(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.ema if ema is None else _move(state.ema, params, state.step, ema)
-        metrics |= _gradient_health(grads)
-        after = state.replace(
-            params=params, opt_state=opt_state, ema=average, model_state=model_state
-        )
         if skip_nonfinite or scale is not None:
-            after, skipped = _unless_nonfinite(state, after, metrics)
-            metrics |= skipped
+            after, said = _unless_nonfinite(update, state, grads, model_state, metrics["loss"])
+            metrics |= said
+        else:
+            after = update(state, grads, model_state)
+        metrics |= _gradient_health(grads)
         return _pinned(after.replace(step=state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -134,17 +143,17 @@ def _check_state(state: TrainState, precision: str, ema: float | None) -> None:
 
 
 def _unless_nonfinite(
-    before: TrainState, after: TrainState, metrics: dict[str, Array]
+    update: Callable, state: TrainState, grads: Any, model_state: Any, loss: Float[Array, ""]
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state after a step, or as it was; and what is to be said about that."""
-    finite = jnp.isfinite(metrics["loss"]) & (metrics["first_nonfinite"] < 0)
-    # Not a branch: XLA folds the choice into the update's own loop over memory.
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    """The state after an update, or as it was; and what is to be said about that."""
+    finite = jnp.isfinite(loss) & (_gradient_health(grads)["first_nonfinite"] < 0)
+    # A branch updates in place; choosing between two states would hold both.
+    after = jax.lax.cond(finite, update, lambda state, *_: state, state, grads, model_state)
     said = {"skipped": (~finite).astype(jnp.int32)}
-    if before.loss_scale is not None:
-        state = state.replace(loss_scale=before.loss_scale.after(finite))
-        said["loss_scale"] = state.loss_scale.value
-    return state, said
+    if state.loss_scale is not None:
+        after = after.replace(loss_scale=state.loss_scale.after(finite))
+        said["loss_scale"] = after.loss_scale.value
+    return after, said
 
 
 def _pinned(state: TrainState) -> TrainState:

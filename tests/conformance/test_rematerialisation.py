@@ -162,7 +162,7 @@ def test_a_state_goes_through_the_blocks_one_by_one():
     (whole, none), (out, state) = jax.jit(
         lambda state: [model.apply(variables("llama"), TOKENS, state=s) for s in (None, state)]
     )(model.init_state(2, 11))
-    assert none is None and len(state) == 5
+    assert none is None and len(state) == 5 and all(layer.k.any() for layer in state)
     np.testing.assert_allclose(out, whole, rtol=1e-4, atol=1e-5)
 
 

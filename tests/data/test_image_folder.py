@@ -149,8 +149,8 @@ def test_colour_becomes_grey_by_luma(tmp_path):
 
 def test_uncached_pictures_equal_cached_ones_and_are_read_when_asked(folder):
     save(folder / "a/y.png", noise(13, 13, seed=7))  # a class of one cannot be split
-    cached = image_folder(folder, image_size=7, flip=False)
-    lazy = image_folder(folder, image_size=7, flip=False, cache=False)
+    cached = image_folder(folder, image_size=7)
+    lazy = image_folder(folder, image_size=7, cache=False)
     np.testing.assert_array_equal(lazy.arrays()[0], cached.arrays()[0])
     np.testing.assert_array_equal(lazy[4]["image"], cached[4]["image"])
     parts = [dataset.split(held_out=0.5, seed=0)[1] for dataset in (cached, lazy)]

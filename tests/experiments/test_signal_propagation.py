@@ -23,7 +23,7 @@ def script():
 @pytest.fixture(scope="module")
 def small(script):
     return script["Config"](
-        depth=8, width=64, draws=16, batch_size=32, depths=(2, 8), widths=(8, 16), steps=3, seeds=2
+        depth=8, width=64, draws=16, batch_size=32, depths=(3, 8), widths=(8, 16), steps=3, seeds=2
     )
 
 
@@ -54,6 +54,40 @@ def test_skips_add_up(script, small):
         np.testing.assert_allclose(found[name][0], 1, rtol=1e-3)
     # Branches of DeepNorm are (beta / alpha)^2 = 1 / 4 N of the skip, 1 / 32 here.
     assert float(found["DeepNorm"][1]) < 0.3 * float(found["post-norm"][1])
+
+
+def test_the_change_of_a_first_step_is_torchs(script):
+    """|J J^T d| of two post-norm blocks, for the same kernels, by torch's whole Jacobian."""
+    config, blocks, width = script["Config"](width=16, batch_size=3, draws=1), 2, 8
+    key = jax.random.key(5)
+    for_x, for_out, *for_kernels = jax.random.split(jax.random.split(key, 1)[0], 4)
+    init = jax.nn.initializers
+    kernels = [
+        torch.tensor(
+            np.stack([draw(k, (width, width)) for k in jax.random.split(key, blocks)]),
+            dtype=torch.float64,
+        )
+        for draw, key in zip((init.he_normal(), init.lecun_normal()), for_kernels, strict=True)
+    ]
+    x, direction = (
+        torch.tensor(np.asarray(jax.random.normal(k, (3, width)))).double()
+        for k in (for_x, for_out)
+    )
+
+    def norm(x):
+        return torch.nn.functional.layer_norm(x, (width,), eps=1e-6)
+
+    def output(first, second):
+        out = norm(x)
+        for one, two in zip(first, second, strict=True):
+            out = norm(out + torch.relu(out @ one) @ two)
+        return norm(out).reshape(-1)
+
+    parts = torch.autograd.functional.jacobian(output, tuple(kernels))
+    jacobian = torch.cat([part.reshape(3 * width, -1) for part in parts], dim=1)
+    want = (jacobian @ jacobian.T @ direction.reshape(-1) / 3).norm() / 3**0.5
+    _, change = script["residual"](config, "post-norm", blocks, key)
+    np.testing.assert_allclose(change, want, rtol=1e-4)
 
 
 def test_a_step_of_descent_is_torchs(script):

@@ -1,11 +1,15 @@
 """Attention that is asked for on a mesh: with all that changes how it is spread."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.ops import dot_product_attention
+from jaxmodels.ops import attention_fused, dot_product_attention
+from jaxmodels.ops.attention_mesh import attend_on_mesh
+from jaxmodels.ops.attention_naive import naive_attention
 from jaxmodels.training.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -51,3 +55,23 @@ def test_an_implementation_that_is_named_is_left_alone():
 
     assert "shard_map" in program()
     assert "shard_map" not in program(implementation="blocked")
+
+
+def test_gradients_of_a_kernel_that_says_nothing_of_axes(monkeypatch):
+    """As those of platforms, which are not there to be tried; sinks are shared by all examples."""
+    kernel = attention_fused.Kernel(None, naive_attention)
+    monkeypatch.setitem(attention_fused.KERNELS, "example", kernel)
+    arrays = normal(BATCH, LENGTH, HEADS, 5), *(normal(BATCH, LENGTH, 2, 5) for _ in "kv")
+    options = {"window": (2, 0), "scale": 1.0, "softcap": None}
+
+    def gradients(attend):
+        def loss(q, k, v, sinks):
+            return jnp.sum(jnp.sin(attend(q, k, v, None, None, None, sinks, **options)))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arrays, CASES["ring"][2]["sinks"])
+
+    expected = gradients(naive_attention)
+    with jax.set_mesh(make_mesh("data=2,sequence=2,tensor=2")):
+        found = gradients(functools.partial(attend_on_mesh, naive_attention))
+    for ours, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-6)

@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels import training
 from jaxmodels.ops import chunked_cross_entropy
+from jaxmodels.training.communication import bytes_sent
+from jaxmodels.training.sharding import make_mesh
 
 WIDTH, VOCAB = 7, 13
 
@@ -211,3 +213,30 @@ def test_bad_input(changed, message):
     }
     with pytest.raises(ValueError, match=f"chunked_cross_entropy: .*{message}"):
         inspect.unwrap(chunked_cross_entropy)(**{**good, **changed})  # as users run it
+
+
+@pytest.mark.parametrize("text", ["data=8", "data=2,sequence=4"])
+def test_devices_add_up_the_gradient_of_the_kernel_once(text):
+    """Not in every chunk; with the values and gradients of one device."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 12, 5), (5, 13)))
+    targets = jnp.asarray(rng.integers(0, 13, (8, 12)))
+    weights = jnp.asarray(rng.uniform(0, 1, (8, 12)), jnp.float32)
+
+    def loss(hidden, kernel):
+        return chunked_cross_entropy(hidden, kernel, targets, weights, z_loss=0.1, chunk_size=3)[0]
+
+    both = jax.value_and_grad(loss, (0, 1))
+    expected = jax.jit(both)(hidden, kernel)
+    mesh = make_mesh(text)
+    with jax.set_mesh(mesh):
+        split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*mesh.axis_names))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        options = {"in_shardings": (split, whole), "out_shardings": (None, (split, whole))}
+        compiled = jax.jit(both, **options).lower(hidden, kernel).compile()
+    found = compiled(*jax.device_put((hidden, kernel), (split, whole)))
+    for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
+    sent = bytes_sent(compiled.as_text())
+    assert set(sent) == {"all-reduce"}
+    assert sent["all-reduce"] < 2 * kernel.nbytes

@@ -15,6 +15,7 @@ from jaxmodels.ops.rematerialisation import (
     require_policy,
     scan_blocks,
 )
+from jaxmodels.training.liveness import peak_bytes
 
 WIDTH, HIDDEN, ROWS = 3, 5, 7
 COMPUTED = [policy for policy in POLICIES if policy != "offload"]
@@ -91,6 +92,19 @@ def test_what_is_kept_is_what_the_table_says():
     for remat in ("sqrt", "everything"):
         assert kept(remat, 16) == 4 * inputs
         assert kept(remat, 64) == 8 * inputs
+
+
+def test_going_back_holds_less_and_less():
+    """Beside what is kept: everything holds no products of a whole group, as sqrt does."""
+
+    def held(remat):
+        def loss(x, own):
+            return jnp.sum(scan_blocks(block, x, own, remat)[0])
+
+        return peak_bytes(jax.grad(loss), jnp.ones((97, WIDTH)), weights(64))
+
+    sizes = [held(remat) for remat in ("none", "dots", "blocks", "sqrt", "everything")]
+    assert sizes == sorted(sizes, reverse=True) and len({*sizes}) == 5
 
 
 @pytest.mark.parametrize(

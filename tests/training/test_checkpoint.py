@@ -160,6 +160,7 @@ def test_saving_over_a_passed_over_checkpoint(tmp_path, state):
     checkpoints = training.Checkpointer(tmp_path)
     with pytest.warns(UserWarning, match="passed over"):
         checkpoints.restore(state)
+    assert (tmp_path / "damaged_2").is_dir()
     checkpoints.save(2, shifted(state, 2), {})
     checkpoints.close()
     restored, _ = training.Checkpointer(tmp_path).restore(state)
@@ -206,6 +207,22 @@ def test_no_space_leaves_the_last_good_checkpoint(tmp_path):
     assert "Complete checkpoints there: [1]" in result.stdout
     restored, _ = training.Checkpointer(tmp_path).restore({"x": jnp.zeros(1000)})
     np.testing.assert_array_equal(restored["x"], np.arange(1000.0))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: {**s, "more": jnp.zeros(3)}, r"more is in only one of the two"),
+        (lambda s: {k: v for k, v in s.items() if k != "low"}, "low is in only one of the two"),
+        (lambda s: {**s, "low": jnp.zeros(5, jnp.bfloat16)}, r"low is \(4,\) there and \(5,\) now"),
+    ],
+)
+def test_another_model_is_refused_and_loses_nothing(tmp_path, state, change, said):
+    saved(tmp_path, state)
+    with pytest.raises(ValueError, match=f"of another model or optimizer: {said}"):
+        training.Checkpointer(tmp_path).restore(change(state))
+    restored, _ = training.Checkpointer(tmp_path).restore(state)
+    assert same(restored, shifted(state, 2))
 
 
 def test_keeping_one_is_refused(tmp_path):

@@ -161,6 +161,7 @@ def test_the_state_holds_a_factor_only_where_it_is_needed(problem, tmp_path):
     changed = state.replace(loss_scale=state.loss_scale.after(jnp.array(False)))
     checkpoints = training.Checkpointer(tmp_path)
     checkpoints.save(1, changed, {})
+    checkpoints.wait()
     restored, _ = checkpoints.restore(state)
     checkpoints.close()
     assert float(restored.loss_scale.value) == 2.0**14

@@ -8,7 +8,7 @@ import pytest
 
 from jaxmodels import training
 from jaxmodels.training.logging import read_metrics
-from jaxmodels.training.runtime import Runtime
+from jaxmodels.training.runtime import Runtime, using
 
 
 class Gapped:
@@ -92,7 +92,8 @@ def test_rolling_back_in_vain_ends(problem, tmp_path):
 
 def test_skipping_leaves_the_update_out_and_says_so(problem, tmp_path, capsys):
     optimizer = problem.optimizer()
-    step = training.make_step(problem.loss, optimizer, skip_nonfinite=True)
+    with using(Runtime(on_nan="skip")):
+        step = training.make_step(problem.loss, optimizer)
     stream = Poisoned(problem.stream(), {5, 9})
     options = {"on_nan": "skip", "steps": 10, "step": step, "state": problem.state(optimizer)}
     state = fitted(problem, tmp_path, stream, **options)

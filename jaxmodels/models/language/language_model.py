@@ -71,7 +71,7 @@ class LanguageModel(nn.Module):
     `remat` is what the backward pass computes again, a policy of
     `ops.rematerialisation`. With another one than "none", or with `scan`, equal
     neighbouring blocks are one scan over a stack of their parameters: a copy of them, and
-    the time to compile one block. Not in decoding, where a state goes through them.
+    the time to trace one block. Not in decoding, where a state goes through them.
     """
 
     def __call__(

@@ -14,7 +14,6 @@ import numpy as np
 from jaxmodels import training
 from jaxmodels.training import processes
 from jaxmodels.training.experiment import Result, run, trajectory_fields
-from jaxmodels.training.runtime import current_runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +88,9 @@ def main(config, folder):
 
     example = {"inputs": jnp.zeros((1, 5))}
     state = training.init_state(model, optimizer, jax.random.key(0), example, mesh=mesh)
-    skip = current_runtime().on_nan == "skip"
     state = training.fit(
         state,
-        training.make_step(loss_fn, optimizer, skip_nonfinite=skip),
+        training.make_step(loss_fn, optimizer),
         Stream(config, folder),
         steps=config.steps,
         directory=folder,
