@@ -17,6 +17,7 @@ from jaxmodels.registry import module_fields
 from jaxmodels.training import processes
 from jaxmodels.training.experiment import trajectory_fields
 from jaxmodels.training.files import write_json
+from jaxmodels.training.planner import device_memory
 
 # Of a single text without files to tell apart, the last eighth is held out.
 _HELD_OUT = 1 / 8
@@ -133,6 +134,10 @@ def train_language_model(
       start: variables to begin with, in place of random ones.
       mesh: as of `training.make_mesh`; "" is one device, or all of several processes.
 
+    Raises:
+      ValueError: no steps, or a step that would not fit into a device's memory, told
+        before anything is compiled.
+
     Returns:
       The variables, whole and on the host if there is a mesh, and how long their
       training took in seconds, compilation left out.
@@ -155,17 +160,18 @@ def train_language_model(
     devices = training.make_mesh(mesh) if mesh or jax.process_count() > 1 else None
     first = next(batches())
     example = {"tokens": jax.ShapeDtypeStruct((1, first["tokens"].shape[1]), jnp.int32)}
-    key, precision = jax.random.key(config.seed), config.precision
-    state = training.init_state(model, optimizer, key, example, mesh=devices, precision=precision)
+    placement = {"mesh": devices, "precision": config.precision}
+    whole = {
+        name: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+        for name, x in first.items()
+    }
+    planned = training.plan(
+        model, lambda model: loss or model.loss, optimizer, example, whole, **placement
+    )
+    planned.require_room(device_memory())
+    state = training.init_state(model, optimizer, jax.random.key(config.seed), example, **placement)
     if start is not None:
-        others = {name: value for name, value in start.items() if name != "params"}
-        # Copies, since a step overwrites its state, and each where its own stands.
-        params, others = jax.tree.map(
-            lambda new, old: jax.device_put(jnp.array(new), old.sharding),
-            (start["params"], others),
-            (state.params, state.model_state),
-        )
-        state = state.replace(params=params, model_state=others)
+        state = _started_from(state, start)
     # Compiles, so that the clock sees training alone.
     placed = first if devices is None else training.shard_batch(first, devices)
     step(jax.tree.map(jnp.copy, state), placed)
@@ -184,6 +190,17 @@ def train_language_model(
         )
     variables = {"params": state.params, **state.model_state}
     return variables if devices is None else processes.to_host(variables), clock.seconds
+
+
+def _started_from(state: training.TrainState, variables: Mapping[str, Any]) -> training.TrainState:
+    """The state with copies of these, since a step overwrites its own, each where its own stands."""
+    others = {name: value for name, value in variables.items() if name != "params"}
+    params, others = jax.tree.map(
+        lambda new, old: jax.device_put(jnp.array(new), old.sharding),
+        (variables["params"], others),
+        (state.params, state.model_state),
+    )
+    return state.replace(params=params, model_state=others)
 
 
 class _Clock:

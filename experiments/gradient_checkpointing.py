@@ -27,7 +27,8 @@ from rich.progress import track
 
 from jaxmodels import plots
 from jaxmodels.models.vision.vit import VisionTransformer
-from jaxmodels.training.experiment import Result, run, write_json
+from jaxmodels.training.experiment import Result, run
+from jaxmodels.training.files import write_json
 from jaxmodels.training.liveness import peak_bytes
 
 Costs = dict[str, dict[str, list[float]]]

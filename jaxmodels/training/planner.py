@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -74,17 +75,17 @@ class Plan:
         console.print(f"memory of one device, {self.setting}", highlight=False)
         console.print(table)
 
-    def require_room(self, available: int) -> None:
+    def require_room(self, available: int | None) -> None:
         """Raises unless the step fits.
 
         Args:
-          available: bytes of one device.
+          available: bytes of one device, such as `device_memory()`; None is any number.
 
         Raises:
           ValueError: it does not; says what is needed, what is there, and which
             rematerialisation, accumulation or mesh would fit.
         """
-        if self.total <= available:
+        if available is None or self.total <= available:
             return
         raise ValueError(
             f"plan: training with {self.setting} needs {_mib(self.total)} a device, and there are "
@@ -160,6 +161,20 @@ def plan(
         return _measure(*traced, _mesh(sizes), accumulate, **options)
 
     return dataclasses.replace(variant(), _variant=variant)
+
+
+def device_memory() -> int | None:
+    """Bytes of one device of this process: what it says, or its share of the host's memory.
+
+    None where neither is known.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if device.platform != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def _measure(
