@@ -193,7 +193,7 @@ def train_language_model(
 
 
 def _started_from(state: training.TrainState, variables: Mapping[str, Any]) -> training.TrainState:
-    """The state with copies of these, since a step overwrites its own, each where its own stands."""
+    """The state with copies of these (a step overwrites its own), each where its own stands."""
     others = {name: value for name, value in variables.items() if name != "params"}
     params, others = jax.tree.map(
         lambda new, old: jax.device_put(jnp.array(new), old.sharding),
