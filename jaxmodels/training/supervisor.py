@@ -1,6 +1,5 @@
 """Starts the processes of a run, watches them, and starts them again after a fault."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -19,7 +18,16 @@ TEMPORARY = 75
 # Others than the one that failed have so long to say what they saw.
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.05
-_KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+
+# Asks the kernel to be killed when the launcher dies, whose number comes first, and becomes
+# the command: 1 is PR_SET_PDEATHSIG of <sys/prctl.h>. A program of its own, because what
+# `preexec_fn` runs in a copy of a process with threads may never return.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def supervise(
@@ -90,6 +98,9 @@ class _Stop:
 
 
 def _start(command, count, environment) -> list[subprocess.Popen]:
+    if sys.platform == "linux":
+        wrapper = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
+        command = [*wrapper, *command]
     if count > 1:
         address = f"127.0.0.1:{_free_port()}"
         environment = {**environment, "JAX_COORDINATOR_ADDRESS": address}
@@ -99,11 +110,7 @@ def _start(command, count, environment) -> list[subprocess.Popen]:
         if count > 1:
             environment = {**environment, processes.INDEX: str(index)}
         # In sessions of their own, or the terminal's Ctrl-C would reach them twice.
-        group.append(
-            subprocess.Popen(
-                command, env=environment, start_new_session=True, preexec_fn=_die_with_parent
-            )
-        )
+        group.append(subprocess.Popen(command, env=environment, start_new_session=True))
     return group
 
 
@@ -156,11 +163,6 @@ def _kill(group) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
 
 
 def _free_port() -> int:
