@@ -120,7 +120,9 @@ def checkpoint(config: Config) -> None:
     """The next step takes the state's memory, so it cannot begin before the state is safe."""
     size = int(config.gigabytes * 2**30 / 4 / 16)
     step = jax.jit(lambda t: jax.tree.map(lambda x: x.at[0].add(1), t), donate_argnums=0)
-    state = step({f"part_{i}": jnp.full(size, float(i)) for i in range(16)})
+    # Numbers that do not compress, as those of training.
+    parts = jax.random.split(jax.random.key(0), 16)
+    state = step({f"part_{i}": jax.random.normal(part, size) for i, part in enumerate(parts)})
     jax.block_until_ready(state)
     shares = []
     with contextlib.ExitStack() as stack:

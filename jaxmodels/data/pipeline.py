@@ -203,9 +203,9 @@ def batches(
       batch_size: examples in a batch of this process.
       seed: of the permutations and of what batches draw; not negative.
       num_workers: processes that read ahead; 0 reads ahead in two threads of
-        this one, which suffices unless many large files are decoded. Workers
-        start afresh, so a script that uses them needs the usual
-        `if __name__ == "__main__"`; `close()` ends them early.
+        this one, which on two cores is faster even where JPEG files are decoded,
+        as nothing is sent. Workers start afresh, so a script that uses them needs
+        the usual `if __name__ == "__main__"`; `close()` ends them early.
       shuffle: False keeps the order of the data set.
       num_epochs: passes over the data; None never ends.
       process_index, process_count: this process among those that train together.

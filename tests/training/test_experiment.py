@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -116,6 +117,26 @@ def test_two_processes_do_not_share_a_folder(launch, tmp_path):
     assert failed.returncode == 1
     assert "another process is working in mine" in failed.stderr
     assert launch("--folder", "mine").returncode == 0
+    with filelock.FileLock(tmp_path / "mine" / ".lock"):
+        failed = launch("--folder", "mine")
+    # It says who was the last to work there.
+    assert re.search(r"run: process \d+ on \S+ is working in mine; wait", failed.stderr)
+
+
+def test_a_folder_that_cannot_be_written_is_named(launch, tmp_path):
+    (tmp_path / "file").touch()
+    failed = launch("--folder", "file/inside")
+    assert failed.returncode == 1
+    assert "toy.py: run: cannot write in file/inside (Not a directory)" in failed.stderr
+    assert "choose another with --folder" in failed.stderr
+
+
+def test_wrong_runtime_flags_are_refused(launch):
+    failed = launch("--restarts", "-1")
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == (
+        "toy.py: Runtime: restarts=-1 must not be negative and stall_seconds=600.0 must be positive"
+    )
 
 
 def test_another_configuration_in_the_same_folder_is_refused(launch, tmp_path):
