@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -29,6 +30,7 @@ from jaxmodels.training.supervisor import TEMPORARY, supervise
 
 # What a wrong input, a bad file or a full disk raises; anything else is a bug.
 _EXPECTED = (ValueError, OSError, ArithmeticError)
+_STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
 # Fields that say where or how often, not what: a resumed run may change them.
 _FREE_FIELDS = {"folder", "mesh", "checkpoint_every", "log_every", "num_workers"}
 
@@ -77,23 +79,34 @@ def run(main: Callable[[Any, Path], Result], config_class: type) -> None:
         _require_same(config)
         with using(runtime), _run_folder(config, Path("runs") / script.stem) as folder:
             _run_in(folder, main, config)
-    except _EXPECTED as error:
-        _fail(f"{script.name}: {error}", 1)
     except processes.Follower:
         pass
     except SystemExit as stop:
         _fail("", stop.code)
-    except jax.errors.JaxRuntimeError as error:
-        # What a compiled program raises when a peer has gone.
-        if jax.process_count() == 1:
-            raise
-        reason = next(iter(str(error).splitlines()), "")
-        _fail(f"{script.name}: a peer is lost ({reason})", TEMPORARY)
-    except Exception:
+    except Exception as error:
+        if _lost_peer(error):
+            _fail(f"{script.name}: a peer is lost ({_first_line(error)})", TEMPORARY)
+        if isinstance(error, _EXPECTED):
+            _fail(f"{script.name}: {error}", 1)
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
         _fail("", 1)
+
+
+def _lost_peer(error: BaseException | None) -> bool:
+    """Whether a compiled program failed for want of a peer, also where that was wrapped.
+
+    JAX raises it as a JaxRuntimeError or a ValueError, with gRPC's name of the status.
+    """
+    if error is None or jax.process_count() == 1:
+        return False
+    told = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+    return bool(told) or _lost_peer(error.__cause__ or error.__context__)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _command_line(config_class: type) -> tuple[Any, Runtime]:

@@ -133,15 +133,20 @@ def _watch(group, stop, stop_seconds) -> tuple[int, str]:
 
 
 def _verdict(group, first: int) -> tuple[int, str]:
-    """Ends all; status and cause are those of a fault that will not pass, or of the first."""
+    """Ends all; returns the status and its cause.
+
+    The others fail for want of the one that was at fault, in any way, and it need not
+    be the first that is seen. A signal from outside is never a consequence; SIGABRT is,
+    as JAX ends a process by it whose peer is lost.
+    """
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline and any(p.poll() is None for p in group):
         time.sleep(_POLL_SECONDS)
     ended = {i: p.returncode for i, p in enumerate(group) if p.returncode is not None}
     _kill(group)
-    # The first may have failed only for want of a process that had wrong input.
+    killed = [i for i, status in ended.items() if status < 0 and -status != signal.SIGABRT]
     lasting = [i for i, status in ended.items() if status and not _may_pass(status)]
-    index = lasting[0] if lasting else first
+    index = next(iter(killed + lasting), first)
     return ended[index], _cause(ended[index], index, len(group))
 
 

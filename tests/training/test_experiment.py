@@ -7,7 +7,10 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
+
+from jaxmodels.training import experiment
 
 SCRIPT = """
     '''A script.
@@ -137,6 +140,19 @@ def test_wrong_runtime_flags_are_refused(launch):
     assert failed.stderr.strip() == (
         "toy.py: Runtime: restarts=-1 must not be negative and stall_seconds=600.0 must be positive"
     )
+
+
+def test_a_lost_peer_is_told_from_wrong_input(monkeypatch):
+    """As JAX raises it, and as the checkpointer wraps it."""
+    gone = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    wrapped = OSError("Checkpointer: a checkpoint could not be written")
+    wrapped.__cause__ = gone
+    cases = {gone: True, wrapped: True, ValueError("steps=0 must be at least 1"): False}
+    for count in (2, 1):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        assert {e: experiment._lost_peer(e) for e in cases} == {
+            e: lost and count > 1 for e, lost in cases.items()
+        }
 
 
 def test_another_configuration_in_the_same_folder_is_refused(launch, tmp_path):
