@@ -14,7 +14,7 @@ Measured  A decoder trained on random tokens over 1, 2, 4 and 8 virtual devices,
           paper's 2 + 1 against data parallelism's 2. Virtual devices share the cores of
           one machine, so equal speed is the most there is: what is missing is work done
           more than once, and exchange.
-Run       python experiments/data_parallel.py               (about 4 min on 2 CPU cores)
+Run       python experiments/data_parallel.py               (about 2 min on 2 CPU cores)
           python experiments/data_parallel.py --devices 1 8 --strategies data fsdp
           python experiments/data_parallel.py --help
 """

@@ -11,7 +11,7 @@ Measured  A Vision Transformer of growing depth under every policy of
           policies in turn, the fastest of a few rounds. From these the power of depth
           that memory grows with, how much deeper `sqrt` is at the memory that `none`
           takes at `from_depth`, and what the planner had said before compiling.
-Run       python experiments/gradient_checkpointing.py         (about 5 min on 2 CPU cores)
+Run       python experiments/gradient_checkpointing.py         (about 2 min on 2 CPU cores)
           python experiments/gradient_checkpointing.py --depths 12 24 48 --width 192
           python experiments/gradient_checkpointing.py --help
 """
