@@ -16,13 +16,11 @@ Run       python experiments/train_language_model.py          (about 2 min on 2 
 import dataclasses
 import gzip
 import lzma
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from _language import (
     bits_per_byte,
@@ -44,6 +42,7 @@ from jaxmodels import (
 from jaxmodels.models.language.language_model import LanguageModel
 from jaxmodels.training import processes
 from jaxmodels.training.experiment import Result, run
+from jaxmodels.training.flops import peak_flops
 from jaxmodels.training.logging import read_metrics
 
 
@@ -229,7 +228,7 @@ def conclude(config: Config, model, params, bits: dict[str, float], seconds: flo
     tokens = config.steps * config.batch_size * config.length
     active = active_parameters(model, params)
     speed = 6 * active * tokens / seconds
-    possible = product_speed(model.dtype)
+    possible = peak_flops(1)
     others = [value for name, value in bits.items() if name != "the model"]
     return Result(
         claim="a language model needs fewer bits a byte of unseen windows than gzip and LZMA",
@@ -242,7 +241,7 @@ def conclude(config: Config, model, params, bits: dict[str, float], seconds: flo
             "seconds of training": seconds,
             "tokens per second": tokens / seconds,
             "GFLOP/s of training": speed / 1e9,
-            "GFLOP/s of a matrix product": possible / 1e9,
+            "GFLOP/s at most": possible / 1e9,
             "FLOP utilisation": speed / possible,
         },
     )
@@ -258,18 +257,6 @@ def active_parameters(model: LanguageModel, params: Any) -> int:
         return 0 if looked_up else leaf.size * (share if leaf.ndim == 3 else 1)
 
     return round(sum(jax.tree.leaves(jax.tree.map_with_path(active, params))))
-
-
-def product_speed(dtype: Any, size: int = 2048, rounds: int = 5) -> float:
-    """Operations a second of a large matrix product, the best of some."""
-    x = jnp.ones((size, size), dtype)
-    multiply = jax.jit(jnp.matmul)
-    seconds = []
-    for _ in range(1 + rounds):
-        start = time.perf_counter()
-        multiply(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 def draw_figure(folder: Path, bits: dict[str, float]) -> None:

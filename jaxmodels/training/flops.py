@@ -1,6 +1,7 @@
 """How many floating-point operations a step takes, and which share of the machine that is."""
 
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,9 +55,10 @@ def peak_flops(devices: int) -> float:
     share the cores, that of a large product of matrices measured now.
     """
     device = jax.devices()[0]
-    known = [peak for name, peak in _PEAKS.items() if device.device_kind.startswith(name)]
+    known = [name for name in _PEAKS if re.match(rf"{name}\b", device.device_kind)]
     if known:
-        return devices * known[-1]
+        # "TPU v5 lite" begins like "TPU v5", which is another one.
+        return devices * _PEAKS[max(known, key=len)]
     size, times = 1024, []
     a = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)

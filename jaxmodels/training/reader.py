@@ -56,10 +56,12 @@ class Reader:
         positions = processes.gather(self._batches.get_state())
         same = all(position == positions[0] for position in positions)
         data = positions[0] if same else {_BY_PROCESS: positions}
-        return {"data": data, "drawn": self.drawn, "avoided": sorted(self._avoided)}
+        return {"data": data, "drawn": self.drawn}
 
     def go_to(self, facts: Mapping[str, Any], done: int) -> None:
-        """Goes to a saved position; what is passed over stays so.
+        """Goes to a saved position; what this process passes over stays so.
+
+        Another process would find the same batch at fault, and pass over it again.
 
         Args:
           facts: from `facts`.
@@ -80,4 +82,3 @@ class Reader:
             data = positions[processes.index()]
         self._batches.set_state(data)
         self.drawn = facts.get("drawn", done)
-        self._avoided.update(facts.get("avoided", ()))

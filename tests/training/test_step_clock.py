@@ -1,6 +1,7 @@
 """Where time goes, and how many operations a step is."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,19 @@ def test_loops_count_as_often_as_they_run():
     assert xla < looped / 3  # which is why we count
 
 
+def test_the_first_step_which_compiles_is_counted_by_itself(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 10.0, 20.0, 20.5, 30.0, 30.5])
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: next(now))
+    clock = step_clock.StepClock()
+    for part in ("input", "compute", "input"):
+        with clock.part(part):
+            pass
+        clock.tick()
+    report = clock.report(lambda: None)
+    assert report["first_step_seconds"] == 10.0
+    assert (report["input_ms"], report["compute_ms"]) == (250.0, 250.0)  # of two steps
+
+
 def test_report_of_a_run(problem, tmp_path, monkeypatch, capsys):
     # As of a machine that makes 10^12 operations a second.
     monkeypatch.setattr(step_clock, "peak_flops", lambda devices: devices * 1e12)
@@ -80,6 +94,26 @@ def test_report_of_a_run(problem, tmp_path, monkeypatch, capsys):
     assert "ms a step (input" in capsys.readouterr().out
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+    ],
+)
+def test_peak_of_a_known_device_is_its_data_sheets(monkeypatch, kind, peak):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert peak_flops(4) == 4 * peak
+
+
+def test_an_unknown_device_that_begins_like_a_known_one_is_measured(monkeypatch):
+    card = types.SimpleNamespace(device_kind="NVIDIA L40", platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    assert peak_flops(1) < 1e14
 
 
 def test_peak_of_this_machine_is_that_of_a_product():
