@@ -9,6 +9,7 @@ on a few heads of an image, or on a few images, batched: every core has a head
 of its own. What fits one step has no outer loop at all, which costs its share.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -83,7 +84,8 @@ def blocked_attention(
     config = Config(window, scale, softcap, num_keys - num_queries)
 
     def split_heads(x):  # (N, T, H, K) -> (N, G, H / G, T, K)
-        return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+        _, length, heads, width = x.shape
+        return x.transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, length, width)
 
     def split_pairs(x):
         groups = (kv_heads, group) if x.shape[1] > 1 else (1, 1)
@@ -166,7 +168,8 @@ def _forward_step(config, pairs, image, head, q, k, v, sinks):
             keys, key_values = (
                 lax.dynamic_slice_in_dim(x, key, span.width, axis=2) for x in (k, values)
             )
-            dots = jnp.einsum("nhgtk,nhsk->nhgts", rows, keys)
+            dots = jnp.einsum("btk,bsk->bts", _rows(rows), _rows(keys))
+            dots = dots.reshape(images, heads, group, span.rows, span.width)
             logits = _finish(config, pairs, block, dots)[0]
             top = jnp.max(logits, axis=-1, initial=-jnp.inf)
             top = top if sink is None else jnp.maximum(top, sink)
@@ -176,11 +179,22 @@ def _forward_step(config, pairs, image, head, q, k, v, sinks):
             total = jnp.sum(weights, axis=-1)
             total = total if sink is None else total + jnp.exp(sink - top)
             total = jnp.where(total == 0.0, 1.0, total)
-            mixed = jnp.einsum("nhgts,nhsv->nhgtv", weights, key_values)
-            return (mixed / total[..., None]).astype(v.dtype), top + jnp.log(total)
+            mixed = jnp.einsum("bts,bsv->btv", _rows(weights), _rows(key_values))
+            mixed = mixed.reshape(images, heads, group, span.rows, v.shape[-1]) / total[..., None]
+            return mixed.astype(v.dtype), top + jnp.log(total)
 
         parts.append(jax.tree.map(_join, lax.map(one_block, jnp.arange(span.count))))
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
+
+
+def _rows(x):
+    """(images, heads, ..., width) to (images * heads, rows, width).
+
+    Products of three axes: those of more, some of size one, get layouts that cost a
+    copy of the logits.
+    """
+    images, heads, *rows, width = x.shape
+    return x.reshape(images * heads, math.prod(rows), width)
 
 
 def _join(x):
@@ -308,26 +322,35 @@ def _backward_step(config, pairs, d_bias, image, head, q, k, v, d_out, lse, delt
             block = _Block(
                 image, images, head, heads, query, span.width, key, span.rows, span.edges
             )
+            shape = (images, heads, span.rows, group, span.width)
+            flat = (images * heads, span.rows, group * span.width)
             rows, row_values = (lax.dynamic_slice_in_dim(x, key, span.rows, axis=2) for x in (k, v))
             q_seen, d_out_seen, lse_seen, delta_seen = (
                 lax.dynamic_slice_in_dim(x, query, span.width, axis=3)
                 for x in (q, d_out, lse, delta)
             )
-            dots = jnp.einsum("nhsk,nhgtk->nhsgt", rows, q_seen)
+            rows, row_values, q_seen, d_out_seen = map(
+                _rows, (rows, row_values, q_seen, d_out_seen)
+            )
+            dots = jnp.einsum("bsk,btk->bst", rows, q_seen).reshape(shape)
             logits, slope = _finish(config, pairs, block, dots, order=(0, 1, 4, 2, 3))
             weights = jnp.exp(logits - lse_seen[:, :, None])
-            d_values = jnp.einsum("nhsgt,nhgtv->nhsv", weights, d_out_seen)
-            d_weights = jnp.einsum("nhsv,nhgtv->nhsgt", row_values, d_out_seen)
+            d_values = jnp.einsum("bst,btv->bsv", weights.reshape(flat), d_out_seen)
+            d_weights = jnp.einsum("bsv,btv->bst", row_values, d_out_seen).reshape(shape)
             d_logits = weights * (d_weights - delta_seen[:, :, None])
             if d_bias is not None:
                 d_bias = _add(d_bias, block, d_logits.transpose(0, 1, 3, 4, 2))
             if slope is not None:
                 d_logits = d_logits * slope
-            d_keys = jnp.einsum("nhsgt,nhgtk->nhsk", d_logits, q_seen)
+            d_keys = jnp.einsum("bst,btk->bsk", d_logits.reshape(flat), q_seen)
             old = lax.dynamic_slice_in_dim(d_q, query, span.width, axis=4)
-            new = old + jnp.einsum("nhsk,nhsgt->nhkgt", rows, d_logits)
+            new = old + jnp.einsum("bsk,bst->bkt", rows, d_logits.reshape(flat)).reshape(old.shape)
             d_q = lax.dynamic_update_slice_in_dim(d_q, new, query, axis=4)
-            return (d_q, d_bias), (d_keys.astype(dtypes[1]), d_values.astype(dtypes[2]))
+            d_keys, d_values = (
+                x.reshape(images, heads, *x.shape[1:]).astype(dtype)
+                for x, dtype in ((d_keys, dtypes[1]), (d_values, dtypes[2]))
+            )
+            return (d_q, d_bias), (d_keys, d_values)
 
         (d_q, d_bias), part = lax.scan(one_block, (d_q, d_bias), jnp.arange(span.count))
         parts.append(jax.tree.map(lambda x: _join(x[:, :, :, None]), part))

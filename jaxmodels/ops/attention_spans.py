@@ -68,7 +68,10 @@ def cut(num_rows: int, num_columns: int, batch: int, offset: int, window: Window
     rows = -(-num_rows // -(-num_rows // rows))
     full, rest = divmod(num_rows, rows)
     slides = None not in window and rows + sum(window) < num_columns
-    count = full if slides else -(-full // MAX_SPANS)
+    # Blocks that meet the same columns are one loop: written out they would run side by
+    # side, each with logits of its own, and leave the cache.
+    alike = slides or window == (None, None)
+    count = full if alike else -(-full // MAX_SPANS)
     cuts = [(first * rows, rows, min(count, full - first)) for first in range(0, full, count)]
     if rest:
         cuts.append((full * rows, rest, 1))
