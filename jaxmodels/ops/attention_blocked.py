@@ -16,11 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from jaxmodels.ops import attention_spans as spans
 from jaxmodels.ops.attention_naive import SegmentIds, Window
 from jaxmodels.ops.mesh_axes import vary_alike
+from jaxmodels.ops.rematerialisation import ATTENTION
 
 # Logits of a step of the outer loop: as many as are fastest.
 _FORWARD_LOGITS, _BACKWARD_LOGITS = 1 << 22, 1 << 20
@@ -145,7 +147,10 @@ def forward(config, q, k, v, sinks, pairs):
         return _forward_step(config, pairs, *operands)
 
     steps = _split_steps(config, _FORWARD_LOGITS, q, k, v, sinks)
-    out, lse = (x.reshape(*q.shape[:2], *x.shape[3:]) for x in lax.map(one_step, steps))
+    out, lse = (
+        checkpoint_name(x.reshape(*q.shape[:2], *x.shape[3:]), ATTENTION)
+        for x in lax.map(one_step, steps)
+    )
     return out, (q, k, v, sinks, pairs, out, lse)
 
 

@@ -5,14 +5,15 @@ Names of policies, which models take as their field `remat`; n is the number of 
 | policy     | kept over the forward pass    | held while going back   | forward passes |
 |------------|-------------------------------|-------------------------|----------------|
 | none       | all                           | nothing more            | 1              |
-| dots       | products and block inputs     | one block               | 1, without products |
+| dots       | products, outputs of attention, block inputs | one block | 1, without products |
 | offload    | as dots, in the host's memory | one block               | 1, without products |
 | blocks     | inputs of n blocks            | one block               | 2              |
 | sqrt       | inputs of about sqrt(n) groups | products of one group  | 2              |
 | everything | inputs of about sqrt(n) groups | inputs of one group's blocks, one block | 3 |
 
 Products are those of weights (matrix products and convolutions), not those of
-attention.
+attention; of that its output and log-sum-exp are kept where they are our own
+(`ops.attention_blocked`), and with them its forward pass is not run again.
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"
 (arXiv:1604.06174), sections 3 and 4.
@@ -24,6 +25,9 @@ from typing import Any
 
 import jax
 from jax import lax
+
+# What attention keeps for its backward pass, as `jax.ad_checkpoint.checkpoint_name` has it.
+ATTENTION = "attention"
 
 POLICIES = ("none", "dots", "blocks", "sqrt", "everything", "offload")
 _GROUPED = ("sqrt", "everything")
@@ -77,9 +81,14 @@ def checkpoint_policy(remat: str) -> Callable[..., Any]:
 
 
 def products_saveable(primitive: Any, *values: Any, **params: Any) -> bool:
-    """Keeps the products of weights, as a policy of `jax.checkpoint`."""
+    """Keeps the products of weights and what attention names, as a policy of `jax.checkpoint`."""
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive is lax.conv_general_dilated_p or dots(primitive, *values, **params)
+    named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    return (
+        primitive is lax.conv_general_dilated_p
+        or dots(primitive, *values, **params)
+        or named(primitive, *values, **params)
+    )
 
 
 def scan_blocks(body: Body, carry: Any, xs: Any, remat: str) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxmodels.ops import dot_product_attention
 from jaxmodels.ops.rematerialisation import (
     POLICIES,
     group_size,
@@ -145,3 +146,23 @@ def test_unknown_policies_and_platforms_are_named():
         scan_blocks(block, X, weights(2), "")
     with pytest.raises(ValueError, match='remat="offload" needs a device beside the host'):
         require_policy("Net", "offload")
+
+
+def test_attention_is_not_run_again_where_products_are_kept():
+    """Its exponentials are those of one forward and one backward pass; "blocks" has one more."""
+    q = jnp.ones((1, 8, 2, 4))
+
+    def exponentials(remat):
+        def one(q, weight):
+            h = jnp.sin(jnp.einsum("nthk,kl->nthl", q, weight))
+            return dot_product_attention(h, h, h, implementation="blocked"), None
+
+        def loss(q, weights):
+            return jnp.sum(scan_blocks(one, q, weights, remat)[0] ** 2)
+
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=1))(q, jnp.ones((3, 4, 4)))).count(" exp ")
+
+    none = exponentials("none")
+    assert none > 0
+    assert exponentials("dots") == none
+    assert exponentials("blocks") > none
