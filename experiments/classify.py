@@ -152,7 +152,9 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
 
     def loss_fn(params, batch, key, model_state=None):
         for_augmentation, for_dropout = jax.random.split(key)
-        batch = augment(batch, for_augmentation, config.augment, num_classes=num_classes)
+        batch = augment(
+            train_set.finish(batch), for_augmentation, config.augment, num_classes=num_classes
+        )
         logits, changed = model.apply(
             {"params": params, **(model_state or {})},
             normalise(batch["image"]),
@@ -191,7 +193,9 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
     state = training.fit(
         state,
         step,
-        data.batches(train_set, **processes.share(config.batch_size), seed=config.seed),
+        data.batches(
+            train_set, **processes.share(config.batch_size), seed=config.seed, compact=True
+        ),
         steps=config.steps,
         directory=folder,
         config=trajectory_fields(config),

@@ -160,6 +160,7 @@ def train(
 
     def loss_fn(params, batch, key):
         noise_key, time_key, dropout_key = jax.random.split(key, 3)
+        batch = train_set.finish(batch)
         x0, labels = batch["image"], batch["label"]
         noise = jax.random.normal(noise_key, x0.shape)
         t = flow.sample_timesteps(time_key, labels.shape, density, stratified=True)
@@ -211,6 +212,7 @@ def train(
             **processes.share(config.batch_size),
             seed=config.seed,
             num_workers=config.num_workers,
+            compact=True,
         ),
         steps=config.steps,
         directory=folder,

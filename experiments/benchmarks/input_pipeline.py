@@ -1,8 +1,9 @@
 """Pictures a second: a folder of JPEG files through the input pipeline, and by Pillow alone.
 
 Measured  `data.image_folder(..., cache=False)` read by `data.batches` with workers, as
-          training reads it (decoded, checked for its size, turned upright, scaled to
-          [-1, 1], mirrored, batched, and handed to the main process), against as many
+          training reads it (decoded, checked for its size, turned upright, mirrored,
+          batched, and handed to the main process as bytes, which the compiled step
+          scales to [-1, 1]), against as many
           processes that only decode the same files with Pillow into arrays and throw
           them away. In turn, on the same cores; the ratio of each round and its median.
           On a machine that others use, rates say little: the processor time that a
@@ -96,7 +97,9 @@ def open_stream(config: Config, folder: Path) -> Iterator:
     from jaxmodels import data
 
     dataset = data.image_folder(folder, image_size=config.image_size, cache=False)
-    return data.batches(dataset, config.batch_size, seed=0, num_workers=config.workers)
+    return data.batches(
+        dataset, config.batch_size, seed=0, num_workers=config.workers, compact=True
+    )
 
 
 def read_all(config: Config, stream: Iterator) -> tuple[float, float]:
@@ -153,7 +156,7 @@ def alone(config: Config, folder: Path, files: list[str]) -> None:
                 decode(files[:count])
             else:
                 for part in np.array_split(np.arange(count), -(-count // config.batch_size)):
-                    dataset.batch(part, rng)
+                    dataset.compact_batch(part, rng)
             used[name].append((time.process_time() - started) / count * 1e3)
     for name, times in used.items():
         print(f"{name}: {min(times):.3f} ms of processor time a picture, in one thread")

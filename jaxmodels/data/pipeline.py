@@ -64,7 +64,7 @@ class Dataset(Protocol):
         """The examples at `indices` stacked, changed at random by `rng` and nothing else."""
 
     # Optional, a pair: `compact_batch`, of the same arguments, returns what workers send to
-    # the main process, and `finish` makes of it what `batch` returns.
+    # the main process, and `finish` makes of it what `batch` returns, in compiled code too.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,13 +114,13 @@ class ImageDataset:
     def compact_batch(
         self, indices: Int[np.ndarray, "B"], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """A batch as workers send it, a quarter of its size; `finish` makes it whole."""
+        """A batch of levels, a quarter of the size; `finish` makes it whole."""
         draws = rng.random(len(indices)) if self.flip else np.ones(len(indices))
         levels, labels = self._levels(indices, draws < 0.5)
         return {"image": levels, "label": labels}
 
-    def finish(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """From grey or colour levels to [-1, 1]."""
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """From grey or colour levels to [-1, 1]; in compiled code, too, but for rounding."""
         return {**batch, "image": self._scaled(batch["image"])}
 
     def _levels(self, indices, mirrored):
@@ -131,7 +131,9 @@ class ImageDataset:
             levels[mirrored] = levels[mirrored, :, ::-1]
         return levels, self.labels[indices]
 
-    def _scaled(self, levels: UInt8[np.ndarray, "B Y X C"]) -> Float32[np.ndarray, "B Y X C"]:
+    def _scaled(self, levels: UInt8[Any, "B Y X C"]) -> Float32[Any, "B Y X C"]:
+        if not isinstance(levels, np.ndarray):  # of JAX, which fuses this into what follows
+            return levels.astype(np.float32) / np.float32(self.white / 2) - 1
         images = np.empty(levels.shape, np.float32)
         # One by one, a picture is still in the cache when it is scaled and shifted.
         for image, level in zip(images, levels, strict=True):
@@ -184,6 +186,7 @@ def batches(
     num_workers: int = 0,
     shuffle: bool = True,
     num_epochs: int | None = None,
+    compact: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -208,14 +211,16 @@ def batches(
         the usual `if __name__ == "__main__"`; `close()` ends them early.
       shuffle: False keeps the order of the data set.
       num_epochs: passes over the data; None never ends.
+      compact: leave to the caller what `dataset.finish` does: pictures stay uint8 on their
+        way to the device, and the compiled step calls `dataset.finish(batch)`.
       process_index, process_count: this process among those that train together.
 
     Returns:
       A Grain iterator.
 
     Raises:
-      ValueError: a number out of its range, or more examples in a batch than
-        this process reads.
+      ValueError: a number out of its range, more examples in a batch than this process
+        reads, or `compact` with a data set that has no such form.
     """
     _check_range("seed", seed, 0)
     _check_range("batch_size", batch_size, 1)
@@ -230,15 +235,21 @@ def batches(
             f"batches: batch_size={batch_size} is more than the {share} examples that each of "
             f"process_count={process_count} processes reads of {len(dataset)}; pass at most {share}"
         )
+    has_compact = hasattr(dataset, "compact_batch")
+    if compact and not has_compact:
+        raise ValueError(
+            f"batches: compact=True needs a data set with `compact_batch` and `finish`, which "
+            f"{type(dataset).__name__} lacks; leave it out"
+        )
     groups = np.asarray(getattr(dataset, "groups", np.zeros(len(dataset), np.int32)))
     # Sending a batch costs as much as scaling it, so that is left to this process.
-    compact = num_workers > 0 and hasattr(dataset, "compact_batch")
+    sent = compact or (num_workers > 0 and has_compact)
     read = _ReadBatch(
-        dataset, groups, batch_size, seed, shuffle, process_index, process_count, compact
+        dataset, groups, batch_size, seed, shuffle, process_index, process_count, sent
     )
     _check_groups(read)
     count = sys.maxsize if num_epochs is None else num_epochs * read.batches_per_epoch
-    return _BatchIterator(read, count, num_workers)
+    return _BatchIterator(read, count, num_workers, finish=sent and not compact)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -286,9 +297,10 @@ class _ReadBatch:
 class _BatchIterator(grain.DatasetIterator):
     """Counts batches, so that its state is the same whatever reads ahead below it."""
 
-    def __init__(self, read: _ReadBatch, count: int, num_workers: int):
+    def __init__(self, read: _ReadBatch, count: int, num_workers: int, *, finish: bool):
         super().__init__()
         self._read = read
+        self._finish = finish
         self._count = count
         self._num_workers = num_workers
         self._position = 0
@@ -299,7 +311,7 @@ class _BatchIterator(grain.DatasetIterator):
         self.start_prefetch()
         batch = next(self._ahead)
         self._position += 1
-        return self._read.dataset.finish(batch) if self._read.compact else batch
+        return self._read.dataset.finish(batch) if self._finish else batch
 
     def get_state(self) -> dict[str, Any]:
         return {"next_batch": self._position}

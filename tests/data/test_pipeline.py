@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import grain
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -208,6 +209,34 @@ def test_saved_end_of_the_data_stays_the_end():
     fresh = batches(numbered(8), 4, seed=0, num_epochs=2)
     fresh.set_state(stream.get_state())
     assert list(fresh) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_compact_batches_are_bytes_that_a_compiled_step_finishes(num_workers):
+    dataset = dataclasses.replace(numbered(17, flip=True), white=200)
+    stream = batches(dataset, 4, seed=5, num_workers=num_workers, compact=True)
+    finish = jax.jit(dataset.finish)
+    for want in itertools.islice(batches(dataset, 4, seed=5), 5):
+        batch = next(stream)
+        assert batch["image"].dtype == np.uint8
+        done = finish(batch)
+        assert done["image"].dtype == np.float32
+        np.testing.assert_allclose(done["image"], want["image"], rtol=0, atol=3e-7)
+        np.testing.assert_array_equal(done["label"], want["label"])
+    stream.close()
+
+
+def test_data_without_a_compact_form_says_so():
+    class Counted:
+        def __len__(self):
+            return 7
+
+        def batch(self, indices, rng):
+            return {"number": indices}
+
+    with pytest.raises(ValueError, match="batches: compact=True needs .* which Counted lacks"):
+        batches(Counted(), 2, seed=0, compact=True)
+    assert len(next(batches(Counted(), 2, seed=0))["number"]) == 2
 
 
 def test_workers_read_the_same_batches_and_exchange_positions_with_none():
