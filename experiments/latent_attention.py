@@ -15,8 +15,6 @@ Measured  1. The caches of both published models, counted from this package's ow
           narrow, so that a latent as wide as 4 heads, as the paper has it, is a small
           part of the multi-head cache here as well. The rotary key is a whole head:
           half of one, as in the paper, would be 8 channels, and too few to learn from.
-          Every cache holds keys before rotation and turns them each step, which costs
-          multi-head attention most; so it is timed without rotation as well.
 Run       python experiments/latent_attention.py              (about 8 min on 2 CPU cores)
           python experiments/latent_attention.py --context 8192 --steps 20
           python experiments/latent_attention.py --help
@@ -38,7 +36,6 @@ from jaxmodels import plots
 from jaxmodels.layers.mixers.cache import shorten
 from jaxmodels.layers.mixers.latent import LatentMixer
 from jaxmodels.layers.mixers.softmax import SoftmaxMixer
-from jaxmodels.layers.positions import NoPositions
 from jaxmodels.models.language.decoder import Decoder
 from jaxmodels.training.experiment import Result, run
 
@@ -102,8 +99,8 @@ def main(config: Config, folder: Path) -> Result:
     return conclude(published_cut(), found)
 
 
-def decoder(config: Config, name: str, mlp_width: int | None = None, **options) -> Decoder:
-    """A decoder with one kind of attention; `options` are fields of its mixer beyond that."""
+def decoder(config: Config, name: str, mlp_width: int | None = None) -> Decoder:
+    """A decoder with one kind of attention."""
     mixer = "softmax"
     if name == "mla":
         mixer = "latent"
@@ -116,7 +113,7 @@ def decoder(config: Config, name: str, mlp_width: int | None = None, **options) 
     else:
         heads = {"mha": config.num_heads, "gqa": config.num_groups, "mqa": 1}[name]
         sizes = {"num_kv_heads": heads, "head_dim": config.head_dim}
-    options = {"num_heads": config.num_heads, **sizes, **options}
+    options = {"num_heads": config.num_heads, **sizes}
     return Decoder(
         config.width, config.depth, mlp_width=mlp_width, mixer=mixer, mixer_options=options
     )
@@ -159,10 +156,8 @@ def time_decoding(
     found: dict[str, dict[str, float]],
 ) -> None:
     """Adds tokens a second, all models in turn: a shared machine is not equally fast always."""
-    plain = models["mha"]
-    still = decoder(config, "mha", plain.mlp_width, position=NoPositions())
     largest = config.batch * found["mha"]["cache_bytes_per_token"]
-    calls = {("mha", "tokens_per_second_unrotated"): decoding(config, still, variables["mha"])}
+    calls = {}
     for name, model in models.items():
         calls[name, "tokens_per_second"] = decoding(config, model, variables[name])
         fitting = largest // found[name]["cache_bytes_per_token"]

@@ -1,25 +1,28 @@
 """How the places of query and key enter softmax attention, as exchangeable values.
 
-A scheme has one method, which the softmax mixer calls with unrotated keys:
+A scheme has one method, which the softmax mixer calls:
 
     out = scheme.attend(q, k, v, q_positions, k_positions, causal=..., window=...,
                         mask=..., segment_ids=..., scale=..., softcap=..., sinks=...)
 
 q (B, T, H, K), k and v (B, S, G, K) and (B, S, G, V), positions (B, T) and (B, S);
-the options are those of `ops.dot_product_attention`. Schemes here have no
+the options are those of `ops.dot_product_attention`. What it does to a key by the
+key's place alone may be a second method, `keys(k, k_positions)`; `attend` then takes
+the keys that this returns, which is what a cache holds. Schemes here have no
 parameters: a model trained with `Rotary()` takes any `Rotary(scaling=...)`,
 `Rotary(train_length=...)` or `ReRope(...)` afterwards, by building it again with
 another `position`. Schemes that add a bias are in `layers.position_biases`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmodels import ops
-from jaxmodels.layers.rotary_scaling import Scaling
+from jaxmodels.layers.rotary_scaling import DynamicNtk, Scaling
 from jaxmodels.ops.rerope import rerope_attention
 from jaxmodels.ops.rotary import rotary_angles, rotary_frequencies, rotate, xpos_scales
 from jaxmodels.ops.rotary_scaling import log_n_scale
@@ -53,7 +56,7 @@ class NoPositions:
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary positions, plain or stretched.
+    """Rotary positions, plain or stretched; keys are cached turned, if they can be.
 
     Attributes:
       base: see `ops.rotary.rotary_frequencies`.
@@ -71,6 +74,15 @@ class Rotary:
     scaling: Scaling | None = None
     train_length: int | None = None
 
+    def keys(
+        self, k: Float[Array, "B S G K"], k_positions: Int[Array, "B S"]
+    ) -> Float[Array, "B S G K"]:
+        """Keys turned by their places, or as they are if the length so far matters too."""
+        if self.follows_length:
+            return k
+        frequencies = self.frequencies(k.shape[-1], k_positions, None)
+        return self.turn(k, rotary_angles(k_positions, frequencies))
+
     def attend(
         self,
         q: Float[Array, "B T H K"],
@@ -83,8 +95,14 @@ class Rotary:
         """Mixes values; see the module for the arguments."""
         frequencies = self.frequencies(q.shape[-1], q_positions, options.get("segment_ids"))
         q = self.turn(_log_n(q, q_positions, self), rotary_angles(q_positions, frequencies))
-        k = self.turn(k, rotary_angles(k_positions, frequencies))
+        if self.follows_length:
+            k = self.turn(k, rotary_angles(k_positions, frequencies))
         return ops.dot_product_attention(q, k, v, **options)
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether a key's turn changes while the sequence grows, as with `DynamicNtk`."""
+        return isinstance(self.scaling, DynamicNtk)
 
     @property
     def magnitude(self) -> float:
@@ -234,6 +252,13 @@ def hybrid_window_full(
     windowed = {"position": rotary, "window": window}
     global_ = {"position": NoPositions(train_length), "window": None}
     return (windowed,) * (depth - full) + (global_,) * full
+
+
+def attended_keys(
+    scheme: Any, k: Float[Array, "B S G K"], k_positions: Int[Array, "B S"]
+) -> Float[Array, "B S G K"]:
+    """Keys as `scheme.attend` takes them and a cache holds them."""
+    return scheme.keys(k, k_positions) if hasattr(scheme, "keys") else k
 
 
 def _log_n(q: Array, positions: Array, scheme: Rotary | NoPositions) -> Array:

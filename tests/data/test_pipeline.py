@@ -234,7 +234,7 @@ def test_data_without_a_compact_form_says_so():
         def batch(self, indices, rng):
             return {"number": indices}
 
-    with pytest.raises(ValueError, match="batches: compact=True needs .* which Counted lacks"):
+    with pytest.raises(ValueError, match=r"batches: compact=True needs .* which Counted lacks"):
         batches(Counted(), 2, seed=0, compact=True)
     assert len(next(batches(Counted(), 2, seed=0))["number"]) == 2
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,17 @@ import pytest
 import torch
 
 from jaxmodels import ops
+from jaxmodels.layers.mixers.latent import LatentMixer
 from jaxmodels.layers.mixers.softmax import SoftmaxMixer
 from jaxmodels.layers.position_biases import Alibi, Kerple, Sandwich, T5Bias
-from jaxmodels.layers.positions import NoPositions, ReRope, Rotary, XPos, hybrid_window_full
+from jaxmodels.layers.positions import (
+    NoPositions,
+    ReRope,
+    Rotary,
+    XPos,
+    attended_keys,
+    hybrid_window_full,
+)
 from jaxmodels.layers.rotary_scaling import DynamicNtk, NtkAware, Yarn
 from jaxmodels.ops.rerope import naive_rerope_attention
 from jaxmodels.ops.rotary import rotary_frequencies
@@ -30,7 +39,8 @@ Q, KEYS, VALUES = (draw(i, B, T, H, n) for i, n in enumerate((K, K, V)))
 
 
 def attend(scheme, q=Q, **options):
-    return scheme.attend(q, KEYS, VALUES, PLACES, PLACES, causal=True, **options)
+    keys = attended_keys(scheme, KEYS, PLACES)
+    return scheme.attend(q, keys, VALUES, PLACES, PLACES, causal=True, **options)
 
 
 def with_log_n(q, train_length):
@@ -64,10 +74,10 @@ def test_partial_rotary_leaves_the_last_channels():
     zeros = jnp.zeros((B, T, H, K - 6))
     q, k = (jnp.concatenate([x[..., :6], zeros], -1) for x in (Q, KEYS))
     scale = 1 / math.sqrt(K)
-    out = Rotary(fraction=0.6).attend(q, k, VALUES, PLACES, PLACES, causal=True)
-    expected = Rotary().attend(
-        q[..., :6], k[..., :6], VALUES, PLACES, PLACES, causal=True, scale=scale
-    )
+    partial, whole = Rotary(fraction=0.6), Rotary()
+    out = partial.attend(q, partial.keys(k, PLACES), VALUES, PLACES, PLACES, causal=True)
+    turned = whole.keys(k[..., :6], PLACES)
+    expected = whole.attend(q[..., :6], turned, VALUES, PLACES, PLACES, causal=True, scale=scale)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -143,7 +153,8 @@ def test_documents_and_streaming(name):
 
     @jax.jit
     def run(q, k, v):
-        def attend(*arguments, **options):
+        def attend(q, k, v, q_places, k_places, **options):
+            arguments = q, attended_keys(scheme, k, k_places), v, q_places, k_places
             if not learned:
                 return scheme.attend(*arguments, **options)
             return scheme.apply(learned, *arguments, method="attend", **options)
@@ -175,6 +186,42 @@ def test_a_trained_model_takes_any_extrapolation_method():
         assert np.allclose(out, expected, rtol=1e-4, atol=1e-5) == same, scheme
 
 
+MIXERS = {
+    "softmax": SoftmaxMixer(num_heads=3, head_dim=8),
+    "window": SoftmaxMixer(num_heads=3, head_dim=8, window=11),
+    "latent": LatentMixer(num_heads=3, kv_rank=6, nope_dim=4, rope_dim=4, value_dim=5),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("scaling", [None, DynamicNtk(T)], ids=["fixed", "by length"])
+def test_keys_are_cached_turned_unless_the_turn_follows_the_length(name, scaling):
+    """A step then turns its own key alone, whatever the cache holds; the outputs are those
+    of the whole sequence either way."""
+    rotary = Rotary(scaling=scaling)
+    assert rotary.follows_length == (scaling is not None)
+    mixer, x = MIXERS[name].clone(position=rotary), draw(7, B, T, 17)
+    variables = mixer.init(jax.random.key(0), x)
+    expected, _ = mixer.apply(variables, x)
+
+    def step(x, state):
+        return mixer.apply(variables, x, state=state)
+
+    state, outs = mixer.init_state(B, 29, jnp.float32), []
+    lines = str(jax.make_jaxpr(step)(x[:, :1], state)).splitlines()
+    turned = max(
+        math.prod(map(int, re.search(r"f32\[([\d,]+)\] = cos", line)[1].split(",")))
+        for line in lines
+        if " = cos " in line
+    )
+    assert (turned > B * 8) == (scaling is not None)
+    take = jax.jit(step)
+    for t in range(T):
+        out, state = take(x[:, t : t + 1], state)
+        outs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_hybrid_of_window_and_full_layers():
     """The last token sees the first one, which windows alone do not let it."""
     layers = hybrid_window_full(3, window=2, train_length=4)
@@ -187,7 +234,8 @@ def test_hybrid_of_window_and_full_layers():
     def last(x, hybrid):
         for layer in layers if hybrid else narrow:
             options = {"causal": True, "window": layer["window"]}
-            x = x + layer["position"].attend(x, x, x, PLACES[:1], PLACES[:1], **options)
+            keys = attended_keys(layer["position"], x, PLACES[:1])
+            x = x + layer["position"].attend(x, keys, x, PLACES[:1], PLACES[:1], **options)
         return x[0, -1].sum()
 
     for hybrid, first_seen in ((True, 0), (False, T - 1 - 3 * 2)):

@@ -34,7 +34,7 @@ Q, KEYS, VALUES = draw(0, B, T, H, K), draw(1, B, T, G, K), draw(2, B, T, G, K)
 def ours(scheme, documents=None):
     attend = jax.jit(
         lambda q, k, v, places, ids: scheme.attend(
-            q, k, v, places, places, causal=True, segment_ids=ids
+            q, scheme.keys(k, places), v, places, places, causal=True, segment_ids=ids
         )
     )
     places = jnp.arange(T) if documents is None else jnp.asarray(documents[1])

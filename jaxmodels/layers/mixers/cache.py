@@ -1,7 +1,8 @@
 """Keys and values of earlier tokens, as plain values that a mixer takes and returns.
 
-Keys are stored before any rotation, with their positions, so that a scheme of
-positions may depend on the distance to the query or on the length so far.
+Keys are stored with their positions, as their scheme has them: turned, where the place
+of the key alone says how; before any rotation where the distance to the query or the
+length so far matters too.
 
 For decoding that looks ahead, a `KVCache` can be shortened (`shorten`), can take in
 a tree of alternatives in one call (its field `among`), and can then keep one path

@@ -2,7 +2,6 @@
 
 Paper    DeepSeek-AI 2024, "DeepSeek-V2", section 2.1 (arXiv:2405.04434), as in
          DeepSeek-V3, section 2.1.1 (arXiv:2412.19437).
-Differs  keys are cached before their rotation, as everywhere in this package.
 """
 
 import flax.linen as nn
@@ -93,68 +92,69 @@ class LatentMixer(nn.Module):
         check_call(name, x, positions, segment_ids)
         require_no_state_if_bidirectional(name, self.causal, state)
         self._check_position()
-        q = self._queries(x)
+        q_nope, q_rope = self._queries(x)
         latent, k_rope = self._compress(x)
         kv_up = self._kv_up()
         if state is None:
             places = token_positions(x, positions, segment_ids)
             documents = None if segment_ids is None else document_index(segment_ids)
             options = {"causal": self.causal, "segment_ids": documents}
-            out = self._expanded(q, latent, k_rope, kv_up, places, places, options)
+            frequencies = self.position.frequencies(self.rope_dim, places, documents)
+            q_rope, k_rope = (self._turn(x, places, frequencies) for x in (q_rope, k_rope))
+            out = self._expanded(q_nope, q_rope, latent, k_rope, kv_up, options)
             return self._merge(out, x.shape[-1]), None
 
         room = state.k.shape[1] if isinstance(state, KVCache) else 0
         check_state(name, state, jax.eval_shape(lambda: self.init_state(len(x), room, x.dtype)))
         places = token_positions(x, positions, segment_ids, tokens_seen(state))
-        state, seen = extend(
-            state, k_rope[:, :, None], latent[:, :, None], places, segment_ids, name=name
-        )
-        latent, k_rope = (a[:, :, 0].astype(q.dtype) for a in (seen.v, seen.k))
+        frequencies = self.position.frequencies(self.rope_dim, places, None)
+        q_rope = self._turn(q_rope, places, frequencies)
+        if not self.position.follows_length:
+            k_rope = self._turn(k_rope, places, frequencies)
+        state, seen = extend(state, k_rope, latent[:, :, None], places, segment_ids, name=name)
+        latent, k_rope = seen.v[:, :, 0].astype(q_rope.dtype), seen.k.astype(q_rope.dtype)
+        if self.position.follows_length:
+            k_rope = self._turn(k_rope, seen.positions, frequencies)
         attend = self._absorbed if self._absorb(x.shape[1], room) else self._expanded
-        out = attend(q, latent, k_rope, kv_up, places, seen.positions, {"mask": seen.mask})
+        out = attend(q_nope, q_rope, latent, k_rope, kv_up, {"mask": seen.mask})
         return self._merge(out, x.shape[-1]), state
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> KVCache:
         """A cache of `max_length` tokens, kv_rank + rope_dim numbers each.
 
-        Its keys are the rotary keys before rotation, its values the latents; both
-        have one head.
+        Its keys are the rotary keys, its values the latents; both have one head.
         """
         return empty_cache(batch, max_length, 1, (self.rope_dim, self.kv_rank), dtype)
 
-    def _queries(self, x: Array) -> Array:
-        """(B, T, H, nope_dim + rope_dim), not turned yet."""
+    def _queries(self, x: Array) -> list[Array]:
+        """(B, T, H, nope_dim), and (B, T, H, rope_dim) before rotation."""
         width = self.num_heads * (self.nope_dim + self.rope_dim)
         if self.q_rank is None:
             q = self._project(width, "q", x)
         else:
             latent = self._norm("q_norm", self._project(self.q_rank, "q_down", x))
             q = self._project(width, "q_up", latent)
-        return q.reshape(*x.shape[:-1], self.num_heads, -1)
+        return jnp.split(q.reshape(*x.shape[:-1], self.num_heads, -1), [self.nope_dim], axis=-1)
 
     def _compress(self, x: Array) -> tuple[Array, Array]:
-        """What is cached: latents (B, T, R), and rotary keys (B, T, rope_dim) before rotation."""
+        """Latents (B, T, R), and rotary keys (B, T, 1, rope_dim) before rotation."""
         both = self._project(self.kv_rank + self.rope_dim, "kv_down", x)
         latent, k_rope = jnp.split(both, [self.kv_rank], axis=-1)
-        return self._norm("kv_norm", latent), k_rope
+        return self._norm("kv_norm", latent), k_rope[:, :, None]
 
-    def _expanded(self, q, latent, k_rope, kv_up, q_places, k_places, options) -> Array:
+    def _expanded(self, q_nope, q_rope, latent, k_rope, kv_up, options) -> Array:
         """Attention with every head's keys and values in full; returns (B, T, H, value_dim)."""
         kv = linear(latent, kv_up).reshape(*latent.shape[:2], self.num_heads, -1)
         k_nope, v = jnp.split(kv, [self.nope_dim], axis=-1)
-        q_nope, q_rope = jnp.split(q, [self.nope_dim], axis=-1)
-        q_rope, k_rope = self._turn(q_rope, k_rope, q_places, k_places, options)
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], self.rope_dim))
         q, k = (jnp.concatenate(x, axis=-1) for x in ((q_nope, q_rope), (k_nope, k_rope)))
         return ops.dot_product_attention(q, k, v, scale=self._scale(), **options)
 
-    def _absorbed(self, q, latent, k_rope, kv_up, q_places, k_places, options) -> Array:
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, kv_up, options) -> Array:
         """The same with the latents themselves as keys and values of one head."""
         w_uk, w_uv = jnp.split(
             kv_up.reshape(self.kv_rank, self.num_heads, -1), [self.nope_dim], axis=-1
         )
-        q_nope, q_rope = jnp.split(q, [self.nope_dim], axis=-1)
-        q_rope, k_rope = self._turn(q_rope, k_rope, q_places, k_places, options)
         # As a bias, so that no array of latents and rotary keys side by side is made each step.
         rotary = self._scale() * jnp.einsum("bthk,bsgk->bhts", q_rope, k_rope)
         q_latent = jnp.einsum("bthk,rhk->bthr", q_nope, w_uk)
@@ -174,17 +174,13 @@ class LatentMixer(nn.Module):
             self.nope_dim + self.rope_dim + self.value_dim
         )
 
-    def _turn(self, q, k, q_places, k_places, options) -> tuple[Array, Array]:
-        """Rotary queries (B, T, H, rope_dim) and keys (B, S, rope_dim), the latter as one head."""
-        frequencies = self.position.frequencies(self.rope_dim, q_places, options.get("segment_ids"))
-        return tuple(
-            rotate(
-                x,
-                rotary_angles(places, frequencies),
-                layout=self.position.layout,
-                magnitude=self.magnitude,
-            )
-            for x, places in ((q, q_places), (k[:, :, None], k_places))
+    def _turn(self, x: Array, places: Array, frequencies: Array) -> Array:
+        """Rotary queries or keys (B, T, heads, rope_dim), turned."""
+        return rotate(
+            x,
+            rotary_angles(places, frequencies),
+            layout=self.position.layout,
+            magnitude=self.magnitude,
         )
 
     def _scale(self) -> float:

@@ -28,7 +28,7 @@ from jaxmodels.layers.mixers.inputs import (
     require_no_state_if_bidirectional,
     token_positions,
 )
-from jaxmodels.layers.positions import Rotary
+from jaxmodels.layers.positions import Rotary, attended_keys
 from jaxmodels.ops.segments import document_index
 from jaxmodels.registry import register_mixer
 
@@ -69,6 +69,7 @@ class SoftmaxMixer(Attention):
         q, k, v = self._heads(x)
         if state is None:
             places = token_positions(x, positions, segment_ids)
+            k = attended_keys(self.position, k, places)
             documents = None if segment_ids is None else document_index(segment_ids)
             out = self.position.attend(
                 q,
@@ -86,6 +87,7 @@ class SoftmaxMixer(Attention):
         room = state.k.shape[1] if isinstance(state, KVCache) else 0
         check_state(name, state, jax.eval_shape(lambda: self.init_state(len(x), room, x.dtype)))
         places = token_positions(x, positions, segment_ids, tokens_seen(state))
+        k = attended_keys(self.position, k, places)
         state, seen = extend(state, k, v, places, segment_ids, name=name)
         out = self.position.attend(
             q,
