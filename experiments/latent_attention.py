@@ -15,7 +15,7 @@ Measured  1. The caches of both published models, counted from this package's ow
           narrow, so that a latent as wide as 4 heads, as the paper has it, is a small
           part of the multi-head cache here as well. The rotary key is a whole head:
           half of one, as in the paper, would be 8 channels, and too few to learn from.
-Run       python experiments/latent_attention.py              (about 8 min on 2 CPU cores)
+Run       python experiments/latent_attention.py              (about 5 min on 2 CPU cores)
           python experiments/latent_attention.py --context 8192 --steps 20
           python experiments/latent_attention.py --help
 """

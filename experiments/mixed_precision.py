@@ -18,7 +18,7 @@ Found     All policies end at the same loss and err on 14 to 17 of 360 test digi
           Without the scale one element in 1,200 vanishes, with it one in 200,000, and a
           typical one is wrong by 4 % instead of 0.4 %; yet this small network does
           as well without the scale.
-Run       python experiments/mixed_precision.py            (about 4 min on 2 CPU cores)
+Run       python experiments/mixed_precision.py            (about 2 min on 2 CPU cores)
           python experiments/mixed_precision.py --help
 """
 

@@ -12,7 +12,7 @@ Measured  A byte-level decoder on the functions and paragraphs of the standard l
           second in reading prompts, padded against laid end to end without padding
           (`decoding.ragged`). Batches of sorted lengths would waste less than these
           padded ones, which have one length as compiled programs like it.
-Run       python experiments/packing.py                       (about 5 min on 2 CPU cores)
+Run       python experiments/packing.py                       (about 3 min on 2 CPU cores)
           python experiments/packing.py --mixer gated_delta --length 512
           python experiments/packing.py --data folder/of/text
           python experiments/packing.py --help

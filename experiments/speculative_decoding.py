@@ -14,7 +14,7 @@ Measured  A byte-level decoder is trained on the standard library's source and m
           Tokens a second after the first call, tokens a round, and how often the first
           guess was accepted. Ways take turns prompt by prompt, so that a busy machine is
           as slow for all.
-Run       python experiments/speculative_decoding.py           (some 25 min on 2 CPU cores)
+Run       python experiments/speculative_decoding.py           (some 12 min on 2 CPU cores)
           python experiments/speculative_decoding.py --data my_text.txt
           python experiments/speculative_decoding.py --help
 """
