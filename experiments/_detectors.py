@@ -49,7 +49,7 @@ STEPS: dict[Name, int] = {
     "yolo_v3": 2000,
     "fcos": 900,
     "centernet": 1200,
-    "cornernet": 1200,
+    "cornernet": 800,
 }
 # Sides of the digits, the roots of their areas, and heights over widths.
 _SIDES, _RATIOS = (8.0, 15.0, 23.0, 35.0), (1.4, 2.2)
