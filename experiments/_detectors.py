@@ -198,8 +198,8 @@ def _cornernet(stages, width):
         stem_width=width,
         in_channels=stages.in_channels,
     )
-    head = {"pool_width": narrow, "head_width": narrow, "corners": 40, "candidates": 200}
-    return {"backbone": backbone, **head}
+    head = {"pool_width": narrow, "head_width": narrow, "embedding_weight": 1.0}
+    return {"backbone": backbone, **head, "corners": 40, "candidates": 200}
 
 
 _KNOWN: dict[str, tuple[str, Callable[[nn.Module, int], dict[str, Any]]]] = {

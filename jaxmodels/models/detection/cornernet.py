@@ -39,8 +39,6 @@ from jaxmodels.ops.heat_maps import gaussian_radius, splat_gaussians
 from jaxmodels.ops.nms import soft_nms
 from jaxmodels.registry import register_model
 
-# Weights of these terms of the loss, section 4.1.
-_PULL, _PUSH = 0.1, 0.1
 # Embeddings of different objects are pushed this far apart.
 _MARGIN = 1.0
 _POOLS = {"top_left": ("top", "left"), "bottom_right": ("bottom", "right")}
@@ -102,6 +100,8 @@ class CornerNet(Detector):
       head_width: channels inside the heads.
       min_overlap: of the box of two corners with the object's, if both are as far off
         as the heat map forgives.
+      embedding_weight: of the terms that teach embeddings; the paper's 0.1 needs many
+        thousand steps before the corners of an object are found to belong together.
       corners: of each kind that are paired.
       max_distance: of the embeddings of a pair.
       candidates: best pairs that go into suppression.
@@ -115,6 +115,7 @@ class CornerNet(Detector):
     pool_width: int = 128
     head_width: int = 256
     min_overlap: float = 0.3
+    embedding_weight: float = 0.1
     corners: int = 100
     max_distance: float = 0.5
     candidates: int = 1000
@@ -159,7 +160,7 @@ class CornerNet(Detector):
         options = {"stride": stride, "min_overlap": self.min_overlap}
         one = partial(corner_targets, shape=found[0][0].heat.shape[1:], **options)
         targets = jax.vmap(one)(batch["boxes"], batch["box_labels"], there, ignored)
-        terms = [corner_losses(each, targets, there) for each in found]
+        terms = [corner_losses(each, targets, there, self.embedding_weight) for each in found]
         return jax.tree.map(lambda *losses: sum(losses) / len(losses), *terms)
 
     def detections(
@@ -233,6 +234,7 @@ def corner_losses(
     found: tuple[CornerMaps, CornerMaps],
     targets: tuple[CornerTargets, CornerTargets],
     there: Bool[Array, "B N"],
+    embedding_weight: float,
 ) -> dict[str, Float[Array, ""]]:
     """The focal loss of both heat maps, smooth L1 of offsets, and what embeddings are to do.
 
@@ -243,6 +245,7 @@ def corner_losses(
       found: of the upper left and the lower right corners.
       targets: of both, of a batch.
       there: which objects there are.
+      embedding_weight: factor on pull and push.
 
     Returns:
       "heat", "offsets", "pull" and "push".
@@ -258,8 +261,8 @@ def corner_losses(
         offsets += mean_over(there, smooth_l1(apart).sum(axis=-1))
         embeddings.append(jax.vmap(at_cells)(maps.embeddings, wanted.cells)[..., 0])
     pull, push = jax.vmap(_pull_and_push)(*embeddings, there)
-    weighted = {"pull": _PULL * pull.mean(), "push": _PUSH * push.mean()}
-    return {"heat": heat, "offsets": offsets, **weighted}
+    pull, push = embedding_weight * pull.mean(), embedding_weight * push.mean()
+    return {"heat": heat, "offsets": offsets, "pull": pull, "push": push}
 
 
 def _pull_and_push(first: Float[Array, "N"], second: Float[Array, "N"], there: Bool[Array, "N"]):

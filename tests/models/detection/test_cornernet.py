@@ -172,7 +172,7 @@ def test_targets_and_losses_are_those_of_the_definition():
     assert (~targets[0].taught & (targets[0].heat == 1)).any()
     there, _ = objects(images)
     points_oracle.check_losses(
-        lambda found: corner_losses(found, targets, there),
+        lambda found: corner_losses(found, targets, there, 0.1),
         lambda found: naive_losses(found, expected),
         random_found(),
     )
@@ -183,6 +183,16 @@ def trial():
     backbone = ResNet((1,), (16,), bottleneck=False, stem_width=8, num_classes=0)
     sizes = {"pool_width": 8, "head_width": 16, "corners": 17, "candidates": 31}
     return Trial(CornerNet(backbone, CLASSES, **sizes, max_detections=19), batch())
+
+
+def test_embeddings_are_weighted_as_the_model_says(trial):
+    """0.1 as in the paper unless told otherwise; nothing else changes."""
+    found, _ = trial.terms()
+    heavy = trial.model.clone(embedding_weight=0.7)
+    _, wanted, _ = jax.jit(heavy.loss)(trial.params, trial.batch, jax.random.key(0), trial.state)
+    for name, term in found.items():
+        factor = 7 if name in ("pull", "push") else 1
+        np.testing.assert_allclose(wanted[name], factor * term, rtol=1e-4, err_msg=name)
 
 
 def test_gradient_reaches_every_parameter(trial):
