@@ -8,6 +8,7 @@ from jaxmodels.data.digit_scenes import DigitScenes, digit_scenes
 from jaxmodels.data.digits import digits
 from jaxmodels.data.documents import TokenDocuments, read_documents, tokenize
 from jaxmodels.data.evaluation import evaluation_batches
+from jaxmodels.data.image_dataset import ImageDataset
 from jaxmodels.data.image_folder import image_folder
 from jaxmodels.data.mnist import mnist
 from jaxmodels.data.packed_stream import PackedStream
@@ -17,7 +18,7 @@ from jaxmodels.data.packing import (
     pack_documents,
     pad_documents,
 )
-from jaxmodels.data.pipeline import Dataset, ImageDataset, batches
+from jaxmodels.data.pipeline import Dataset, batches
 from jaxmodels.data.resizing import FixedSize, ShortestSide
 from jaxmodels.data.segmentation_folder import SegmentationDataset, segmentation_folder
 from jaxmodels.data.text import ByteWindows, python_text

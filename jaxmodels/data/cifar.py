@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxmodels.data.pipeline import ImageDataset
+from jaxmodels.data.image_dataset import ImageDataset
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE

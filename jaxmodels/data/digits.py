@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxmodels.data.pipeline import ImageDataset
+from jaxmodels.data.image_dataset import ImageDataset
 
 _WHITE = 16
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxmodels.data.pipeline import ImageDataset
+from jaxmodels.data.image_dataset import ImageDataset
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _NAMED = 5

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxmodels.data.pipeline import ImageDataset
+from jaxmodels.data.image_dataset import ImageDataset
 
 _PREFIX = {"train": "train", "test": "t10k"}
 _BYTES = 0x08
