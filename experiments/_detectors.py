@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels import create_model, data, training
+from jaxmodels import create_model, data, load_pretrained, training, weights
 from jaxmodels.metrics import DetectionEvaluator
 from jaxmodels.models.detection.detector import Detector
 from jaxmodels.models.detection.faster_rcnn import TwoLayerHead
@@ -49,8 +49,10 @@ STEPS: dict[Name, int] = {
     "yolo_v3": 2000,
     "fcos": 900,
     "centernet": 1200,
-    "cornernet": 800,
+    "cornernet": 1100,
 }
+# What torchvision's state dicts are kept in.
+FILES = (".safetensors", ".pth", ".pt")
 # Sides of the digits, the roots of their areas, and heights over widths.
 _SIDES, _RATIOS = (8.0, 15.0, 23.0, 35.0), (1.4, 2.2)
 _SHAPES = ((5.0, 9.0), (10.0, 14.0), (15.0, 22.0), (21.0, 31.0), (29.0, 42.0))
@@ -95,6 +97,35 @@ def published_detector(name: Name, *, num_classes: int, channels: int) -> Detect
     if channels != 3:
         raise ValueError(f"published: published models see colour, the images have {channels}")
     return create_model(_KNOWN[name][0], num_classes=num_classes)
+
+
+def pretrained_detector(
+    name: Name, source: str, *, num_classes: int, seed: int
+) -> tuple[Detector, dict[str, Any]]:
+    """The method at its published size, with what there is of weights to start from.
+
+    Args:
+      name: of the method.
+      source: a ResNet's folder or name on the hub; or a file of torchvision's Faster
+        R-CNN, which "faster_rcnn_fpn" alone can start from.
+      num_classes: of the data.
+      seed: of the random weights of what a ResNet has not.
+
+    Returns:
+      The detector and its variables; it takes `weights.torchvision_images`.
+    """
+    if source.endswith(FILES):
+        if name != "faster_rcnn_fpn":
+            raise ValueError(
+                f"pretrained={source}: a file is torchvision's Faster R-CNN, not a {name}; take "
+                f"--model faster_rcnn_fpn, or a folder of a ResNet"
+            )
+        return weights.load_torchvision_detector(source, num_classes=num_classes)
+    trained = load_pretrained(source, num_classes=0)
+    model = published_detector(name, num_classes=num_classes, channels=3)
+    images = jnp.zeros((1, 128, 128, 3))
+    variables = jax.jit(model.init)(jax.random.key(seed), images)
+    return model, weights.with_backbone(model, variables, *trained)
 
 
 def _pyramid(stages: nn.Module, width: int, levels: tuple[str, ...]) -> FeaturePyramid:
@@ -199,7 +230,9 @@ def _cornernet(stages, width):
         in_channels=stages.in_channels,
     )
     head = {"pool_width": narrow, "head_width": narrow, "embedding_weight": 1.0}
-    return {"backbone": backbone, **head, "corners": 40, "candidates": 200}
+    # Embeddings learnt in minutes are rough; two digits of a class in a scene are rare.
+    pairs = {"max_distance": 1.0, "corners": 40, "candidates": 200}
+    return {"backbone": backbone, **head, **pairs}
 
 
 _KNOWN: dict[str, tuple[str, Callable[[nn.Module, int], dict[str, Any]]]] = {
@@ -257,6 +290,7 @@ def train_detector(
     dataset: data.Dataset,
     folder: Path,
     *,
+    variables: Mapping[str, Any] | None = None,
     loss: Callable | None = None,
     num_workers: int = 0,
     mesh: str = "",
@@ -265,6 +299,7 @@ def train_detector(
 
     Args:
       config: the schedule, and whatever else determines the result.
+      variables: to start from, in place of random ones.
       loss: in place of `model.loss`.
       mesh: as of `training.make_mesh`; "" is one device, or all of several processes.
 
@@ -284,6 +319,8 @@ def train_detector(
     key = jax.random.key(config.seed)
     devices = training.make_mesh(mesh) if mesh or jax.process_count() > 1 else None
     state = training.init_state(model, optimizer, key, example, mesh=devices, ema=True)
+    if variables is not None:
+        state = training.start_from(state, variables)
     started = time.perf_counter()
     state = training.fit(
         state,
@@ -308,8 +345,8 @@ def train_detector(
         if not cost.exists():
             write_json(cost, {"seconds": seconds})
         seconds = json.loads(cost.read_text())["seconds"]
-    variables = {"params": state.ema, **state.model_state}
-    return variables if devices is None else processes.to_host(variables), seconds
+    trained = {"params": state.ema, **state.model_state}
+    return trained if devices is None else processes.to_host(trained), seconds
 
 
 def judge(

@@ -171,7 +171,7 @@ def train_language_model(
     planned.require_room(device_memory())
     state = training.init_state(model, optimizer, jax.random.key(config.seed), example, **placement)
     if start is not None:
-        state = _started_from(state, start)
+        state = training.start_from(state, start)
     # Compiles, so that the clock sees training alone.
     placed = first if devices is None else training.shard_batch(first, devices)
     step(jax.tree.map(jnp.copy, state), placed)
@@ -190,17 +190,6 @@ def train_language_model(
         )
     variables = {"params": state.params, **state.model_state}
     return variables if devices is None else processes.to_host(variables), clock.seconds
-
-
-def _started_from(state: training.TrainState, variables: Mapping[str, Any]) -> training.TrainState:
-    """The state with copies of these (a step overwrites its own), each where its own stands."""
-    others = {name: value for name, value in variables.items() if name != "params"}
-    params, others = jax.tree.map(
-        lambda new, old: jax.device_put(jnp.array(new), old.sharding),
-        (variables["params"], others),
-        (state.params, state.model_state),
-    )
-    return state.replace(params=params, model_state=others)
 
 
 class _Clock:

@@ -182,7 +182,7 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
         model, optimizer, key, example, mesh=mesh, ema=True, precision=config.precision
     )
     if variables is not None:
-        state = start_from(state, variables)
+        state = training.start_from(state, variables)
     step = training.make_step(
         loss_fn,
         optimizer,
@@ -205,21 +205,6 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
         description=config.pretrained or config.model,
     )
     return processes.to_host({"params": state.ema, **state.model_state})
-
-
-def start_from(state: training.TrainState, variables: dict) -> training.TrainState:
-    """The state with these variables, each where its own stands on the mesh."""
-    other = dict(variables)
-
-    def place(new, old):
-        return jax.device_put(new, old.sharding)
-
-    params = jax.tree.map(place, other.pop("params"), state.params)
-    return state.replace(
-        params=params,
-        ema=jax.tree.map(jnp.copy, params),
-        model_state=jax.tree.map(place, other, state.model_state),
-    )
 
 
 def predict(config: Config, model, variables, test_set: data.ImageDataset) -> np.ndarray:

@@ -15,7 +15,8 @@ Measured  COCO's twelve figures and Pascal VOC's two on scenes of other digits, 
           times as large, so that "small" are digits of up to 10 pixels.
 Run       python experiments/detect.py                       (FCOS; about 7 min on 2 CPU cores)
           python experiments/detect.py --model yolo_v3
-          python experiments/detect.py --data voc:VOCdevkit/VOC2007 --published --model fcos
+          python experiments/detect.py --data voc:VOCdevkit/VOC2007 --model fcos \
+              --pretrained microsoft/resnet-50
           python experiments/detect.py --help
 """
 
@@ -23,22 +24,25 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _detectors import (
+    FILES,
     MAGNIFIED,
     STEPS,
     Name,
     judge,
+    pretrained_detector,
     published_detector,
     scenes,
     small_detector,
     train_detector,
 )
 
-from jaxmodels import data, plots
+from jaxmodels import data, plots, weights
 from jaxmodels.metrics import DetectionEvaluator
 from jaxmodels.models.detection.detector import Detector
 from jaxmodels.models.detection.image_pyramid import detect_multi_scale, multi_scale_loss
@@ -74,7 +78,10 @@ class Config:
     width: int = 32
     """Channels of the backbone's first stage; the rest follows."""
     published: bool = False
-    """The model at its published size in place of a small one."""
+    """The model at its published size in place of a small one, from random weights."""
+    pretrained: str = ""
+    """What the model, at its published size, starts from: a ResNet's folder or name on the
+    Hub, such as microsoft/resnet-50, or the file of torchvision's Faster R-CNN."""
     train_scales: tuple[float, ...] = (1.0,)
     """Sizes of images that steps draw from."""
     test_scales: tuple[float, ...] = (1.0,)
@@ -103,16 +110,14 @@ def main(config: Config, folder: Path) -> Result:
         config = dataclasses.replace(config, steps=steps)
     check(config)
     train_set, test_set, channels = load_data(config)
-    num_classes = len(train_set.class_names)
-    make = published_detector if config.published else partial(small_detector, width=config.width)
-    model = make(config.model, num_classes=num_classes, channels=channels)
-    several = len(config.train_scales) > 1
+    model, variables = make_model(config, len(train_set.class_names), channels)
     variables, seconds = train_detector(
         config,
         model,
         train_set,
         folder,
-        loss=partial(multi_scale_loss, model, scales=config.train_scales) if several else None,
+        variables=variables,
+        loss=loss_of(config, model),
         num_workers=config.num_workers,
         mesh=config.mesh,
     )
@@ -123,10 +128,12 @@ def main(config: Config, folder: Path) -> Result:
         model,
         variables,
         batches,
-        num_classes,
+        len(test_set.class_names),
         magnified=MAGNIFIED if config.data == "scenes" else 1,
         detect=detect,
     )
+    if config.pretrained.endswith(FILES):
+        weights.save_torchvision_detector(model, variables, folder / "model.safetensors")
     draw_figure(folder, evaluator, detect, variables, next(iter(batches)), test_set.class_names)
     return conclude(config, evaluator, variables, rate, seconds)
 
@@ -168,13 +175,50 @@ def read_voc(folder: Path, split: str, **options) -> data.DetectionDataset:
     return data.voc_detection(folder, split=split, **options)
 
 
+def make_model(
+    config: Config, num_classes: int, channels: int
+) -> tuple[Detector, dict[str, Any] | None]:
+    """The detector, and the variables it starts from or None."""
+    fields = {"num_classes": num_classes, "channels": channels}
+    if config.pretrained:
+        if channels != 3:
+            raise ValueError(
+                f"pretrained={config.pretrained}: trained models see colour, the images have "
+                f"{channels} channel"
+            )
+        return pretrained_detector(
+            config.model, config.pretrained, num_classes=num_classes, seed=config.seed
+        )
+    if config.published:
+        return published_detector(config.model, **fields), None
+    return small_detector(config.model, width=config.width, **fields), None
+
+
+def loss_of(config: Config, model: Detector) -> Callable:
+    """The loss at the scales that are trained, of images as the weights want them."""
+    loss = model.loss
+    if config.train_scales != (1.0,):
+        loss = partial(multi_scale_loss, model, scales=config.train_scales)
+    if not config.pretrained:
+        return loss
+
+    def normalised(params, batch, *others):
+        images = weights.torchvision_images(batch["image"], batch.get("image_size"))
+        return loss(params, {**batch, "image": images}, *others)
+
+    return normalised
+
+
 def detector_of(config: Config, model: Detector) -> Callable[..., Detections]:
     """From variables, images and their sizes to detections."""
-    if config.test_scales == (1.0,):
-        return model.detect
+    several = config.test_scales != (1.0,)
 
     def detect(variables, images, image_sizes):
-        return detect_multi_scale(model, variables, images, config.test_scales, image_sizes)
+        if config.pretrained:
+            images = weights.torchvision_images(images, image_sizes)
+        if several:
+            return detect_multi_scale(model, variables, images, config.test_scales, image_sizes)
+        return model.detect(variables, images, image_sizes)
 
     return detect
 

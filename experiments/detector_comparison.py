@@ -15,7 +15,7 @@ Measured  Each detector trained for equally many steps on the same scenes of dig
           TridentNet also with all branches for all sizes, as its single branch needs. "As
           accurate" is within 2 points of AP, "a little better" more than 0. One seed:
           differences of a point mean little.
-Run       python experiments/detector_comparison.py          (some 70 min on 2 CPU cores)
+Run       python experiments/detector_comparison.py          (some 50 min on 2 CPU cores)
           python experiments/detector_comparison.py --models faster_rcnn faster_rcnn_fpn
           python experiments/detector_comparison.py --help
 """
@@ -52,7 +52,7 @@ class Config:
     test_scenes: int = 500
     width: int = 32
     """Channels of the backbone's first stage; the rest follows."""
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 2e-3
     warmup: int = 100

@@ -9,7 +9,7 @@ from jaxmodels.training.planner import Plan, plan
 from jaxmodels.training.precision import compute_dtype
 from jaxmodels.training.runtime import Runtime
 from jaxmodels.training.sharding import make_mesh, shard_batch
-from jaxmodels.training.state import TrainState, init_state
+from jaxmodels.training.state import TrainState, init_state, start_from
 from jaxmodels.training.step import make_step
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "make_step",
     "plan",
     "shard_batch",
+    "start_from",
 ]

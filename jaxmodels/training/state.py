@@ -13,7 +13,13 @@ from jaxtyping import Array, Key
 
 from jaxmodels.training.loss_scale import initial_loss_scale
 from jaxmodels.training.precision import scales_loss
-from jaxmodels.training.sharding import Rules, check_axes_used, make_mesh, tree_shardings
+from jaxmodels.training.sharding import (
+    Rules,
+    check_axes_used,
+    make_mesh,
+    path_name,
+    tree_shardings,
+)
 
 
 @flax.struct.dataclass
@@ -119,3 +125,39 @@ def init_state(
     check_axes_used(shardings, mesh)
     state = jax.jit(build, out_shardings=shardings)(init_key, run_key)
     return state.replace(placement=tuple(jax.tree.leaves(shardings)))
+
+
+def start_from(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
+    """A new state with given variables in place of random ones, to fine-tune them.
+
+    Args:
+      state: from `init_state`.
+      variables: of the same model, "params" and its other collections; they are copied,
+        as a step overwrites its own.
+
+    Returns:
+      The state with each variable where its own was laid out; a moving average starts
+      from the parameters too.
+
+    Raises:
+      ValueError: the variables are not the model's.
+    """
+    own = {"params": state.params, **state.model_state}
+    wanted, given = (
+        {path_name(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(dict(tree))}
+        for tree in (own, variables)
+    )
+    if faults := [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]:
+        described = (f"{name}: {given.get(name)}, not {wanted.get(name)}" for name in faults)
+        raise ValueError(
+            "start_from: variables are not those of the state's model; shapes are\n  "
+            + "\n  ".join(described)
+        )
+    placed = jax.tree.map(
+        lambda new, old: jax.device_put(jnp.array(new, old.dtype), old.sharding),
+        dict(variables),
+        own,
+    )
+    params = placed.pop("params")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema, model_state=placed)

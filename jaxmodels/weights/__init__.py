@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxmodels.registry import module_fields
 from jaxmodels.weights import deepseek_v3, dit, gpt2, llama, mixtral, resnet, swin, vit
+from jaxmodels.weights.backbones import with_backbone as with_backbone
 from jaxmodels.weights.family import Family
 from jaxmodels.weights.folder import find_folder, open_tensors, read_config, write_folder
 from jaxmodels.weights.preprocess import Preprocessing, preprocessing_config

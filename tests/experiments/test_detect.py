@@ -3,16 +3,18 @@
 import itertools
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _detectors import Name, judge, small_detector
+from _detectors import Name, judge, pretrained_detector, small_detector
 from PIL import Image
 
-from jaxmodels import create_model, data, training
+from jaxmodels import create_model, data, save_pretrained, training, weights
+from jaxmodels.models.detection.detector import Detector
 from jaxmodels.ops.detections import Detections
 
 NAME = "detect.py"
@@ -132,6 +134,73 @@ def test_published_models_are_the_registered_ones():
     assert found == create_model("fcos_resnet50_fpn", num_classes=7)
 
 
+def test_starts_from_a_pretrained_resnet(script, tmp_path):
+    """Its maps in the detector are its own, of images as the weights want them."""
+    classifier = create_model("resnet18", num_classes=2)
+    images = jax.random.uniform(jax.random.key(0), (1, 64, 64, 3), minval=-1)
+    variables = jax.jit(classifier.init)(jax.random.key(1), images)
+    save_pretrained(classifier, variables, tmp_path / "resnet")
+    config = script["Config"](model="centernet", pretrained=str(tmp_path / "resnet"))
+    model, start = script["make_model"](config, 7, 3)
+    assert model == create_model("centernet_resnet18", num_classes=7)
+
+    @jax.jit
+    def maps(variables, images):
+        found = model.apply(variables, images, method=lambda m, x: m.backbone.backbone.features(x))
+        return found["C5"]
+
+    stages = create_model("resnet18", num_classes=0)
+    alone = {**variables, "params": {**variables["params"]}}
+    del alone["params"]["head"]
+    expected = stages.apply(alone, images)
+    np.testing.assert_allclose(maps(start, images).mean(axis=(1, 2)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pretrained", ["", "resnet"])
+def test_losses_and_detections_see_images_as_the_weights_want_them(script, pretrained):
+    """In units of ImageNet's deviations, with zeros in the padding."""
+
+    class Sees:
+        def loss(self, params, batch, key):
+            return batch["image"], {}, {}
+
+        def detect(self, variables, images, image_sizes):
+            return images
+
+    config = script["Config"](pretrained=pretrained)
+    batch = {"image": jnp.full((1, 2, 2, 3), 0.4), "image_size": jnp.array([[2.0, 1.0]])}
+    expected = np.full((1, 2, 2, 3), 0.4)
+    if pretrained:
+        mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        expected = (0.7 - mean) / deviation * np.array([1.0, 0.0])[:, None] * np.ones((1, 2, 1, 1))
+    trained, *_ = script["loss_of"](config, Sees())(None, batch, None)
+    found = script["detector_of"](config, Sees())(None, batch["image"], batch["image_size"])
+    np.testing.assert_allclose(trained, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_one_other_scale_is_trained_at(script):
+    """And not only several."""
+
+    class Measures(Detector):
+        def loss(self, params, batch, key, model_state=None):
+            return jnp.float32(batch["image"].shape[1]), {}, {}
+
+    config = script["Config"](train_scales=(2.0,))
+    batch = {"image": jnp.zeros((1, 8, 8, 1)), "boxes": jnp.zeros((1, 1, 4))}
+    loss, *_ = script["loss_of"](config, Measures())(None, batch, jax.random.key(0))
+    assert loss == 16
+
+
+def test_a_file_is_torchvisions_faster_rcnn(monkeypatch):
+    """Which other detectors cannot start from."""
+    load = partial(pretrained_detector, source="a.pth", num_classes=4, seed=0)
+    with pytest.raises(ValueError, match="a file is torchvision's Faster R-CNN, not a fcos; take"):
+        load("fcos")
+    monkeypatch.setattr(weights, "load_torchvision_detector", lambda *given, **to: (given, to))
+    assert load("faster_rcnn_fpn") == (("a.pth",), {"num_classes": 4})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -141,6 +210,7 @@ def test_published_models_are_the_registered_ones():
         (("--test-scales", "0"), "test_scales=(0.0,) must be positive"),
         (("--steps", "0"), "steps=0 must be at least 1"),
         (("--published",), "published models see colour, the images have 1"),
+        (("--pretrained", "somewhere"), "pretrained=somewhere: trained models see colour"),
         (("--canvas", "7"), "digit_scenes: canvas=(7, 7) is smaller than a digit"),
     ],
 )

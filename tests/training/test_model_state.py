@@ -87,3 +87,37 @@ def test_resuming_restores_statistics(problem, normalised, tmp_path):
         )
     np.testing.assert_array_equal(statistics(parts)["mean"], statistics(whole)["mean"])
     np.testing.assert_array_equal(statistics(parts)["var"], statistics(whole)["var"])
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_starting_from_given_variables_copies_them(problem, normalised, ema):
+    """Parameters, their average and statistics; training then leaves the given ones alone."""
+    _, loss, optimizer = normalised
+    state = start(normalised, ema=ema)
+    own = {"params": state.params, **state.model_state}
+    given = jax.tree.map(lambda leaf: jnp.asarray(leaf) + 2, own)
+    begun = training.start_from(state, given)
+    for found in (begun.params, *([begun.ema] if ema else [])):
+        jax.tree.map(np.testing.assert_array_equal, found, given["params"])
+    jax.tree.map(
+        np.testing.assert_array_equal, begun.model_state["batch_stats"], given["batch_stats"]
+    )
+    assert (begun.ema is None) == (not ema) and begun.step == 0
+    step = training.make_step(loss, optimizer, ema=0.9 if ema else None)
+    kept = jax.tree.map(np.array, given)
+    step(begun, next(problem.stream()))  # overwrites what it is given
+    jax.tree.map(np.testing.assert_array_equal, given, kept)
+
+
+def test_variables_of_another_model_are_refused(normalised):
+    state = start(normalised)
+    given = {"params": {"Dense_0": {"kernel": jnp.zeros((5, 4)), "bias": jnp.zeros(3)}}}
+    with pytest.raises(ValueError, match="start_from: variables are not those") as caught:
+        training.start_from(state, given)
+    assert str(caught.value).splitlines()[1:] == [
+        "  batch_stats/BatchNorm_0/mean: None, not (5,)",
+        "  batch_stats/BatchNorm_0/var: None, not (5,)",
+        "  params/BatchNorm_0/bias: None, not (5,)",
+        "  params/BatchNorm_0/scale: None, not (5,)",
+        "  params/Dense_0/kernel: (5, 4), not (5, 3)",
+    ]
