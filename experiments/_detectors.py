@@ -163,12 +163,13 @@ def _faster_rcnn_fpn(stages, width):
 
 def _r_fcn(stages, width):
     parts = {"grid": 3, "width": 4 * width, "num_hardest": 24, "anchor_sizes": _SIDES}
-    maps = {"proposal_map": "C4", "region_map": "C5"}
+    # Aligned: a bin of a small digit is less than a cell, which the paper's would round to.
+    maps = {"proposal_map": "C4", "region_map": "C5", "pooling": "align"}
     return {"backbone": stages, **_two_stage(width), **maps, **parts}
 
 
 def _r_fcn_deformable(stages, width):
-    return {**_r_fcn(stages, width), "deformable": True}
+    return {**_r_fcn(stages, width), "pooling": "deformable"}
 
 
 def _tridentnet(stages, width):

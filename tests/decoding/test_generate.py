@@ -102,7 +102,7 @@ def test_any_mixer_continues_as_without_a_cache(mixer):
     model = Decoder(
         width=28, depth=2, vocab_size=VOCAB, mixer=mixer, mixer_options=FrozenDict(MIXERS[mixer])
     )
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
     variables = jax.tree.map(lambda x: 2 * x, variables)
     out = generate(model, variables, PROMPTS, max_new_tokens=NEW).sequences()
     assert len(np.unique(out)) > 5
@@ -153,7 +153,7 @@ def test_draws_follow_the_filtered_distribution(models):
 def flat_model():
     """A model to which all tokens are equally likely."""
     model = Decoder(width=8, depth=1, vocab_size=5, mixer_options=FrozenDict(head_dim=2))
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
     return model, jax.tree.map(jnp.zeros_like, variables)
 
 

@@ -25,7 +25,7 @@ def model_and_variables(request):
     model = Decoder(
         width=12, depth=2, vocab_size=VOCAB, mixer=request.param, mixer_options=options, context=23
     )
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
 
 
 def test_rows_say_where_each_prompt_is():

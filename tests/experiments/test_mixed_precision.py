@@ -36,7 +36,7 @@ class Squares(nn.Module):
 def test_kept_bytes_are_those_of_the_activations(script, dtype, size):
     """The pictures, the exponential, and the softmax of the loss, which is float32 always."""
     model, batch = Squares(dtype), script["first_batch"](script["Config"](batch_size=7))
-    params = model.init(jax.random.key(0), batch["image"])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), batch["image"])["params"]
     kept = script["kept_bytes"](model, params, batch)
     activations = size * 7 * (64 + 10)
     # Softmax keeps no more than its logits, their exponentials, and a few numbers a row.

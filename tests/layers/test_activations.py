@@ -41,7 +41,7 @@ def test_a_perceptron_learns_what_a_line_divides(gate, use_bias, learnt):
     x = jnp.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])
     target = {"and": jnp.array([[0.0], [0], [0], [1]]), "xor": jnp.array([[0.0], [1], [1], [0]])}
     layer = ThresholdPerceptron(1, use_bias)
-    params = layer.init(jax.random.key(0), x)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
 
     @jax.jit
     def rule(params):

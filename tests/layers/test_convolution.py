@@ -86,7 +86,7 @@ def test_parameters_are_float32_and_computation_is_not():
 def test_initial_kernel_keeps_the_variance_under_relu():
     """He's: variance 2 / (inputs of one output)."""
     model = Conv(64, 3, groups=2)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 3, 3, 64)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 3, 3, 64)))["params"]
     assert params["kernel"].shape == (3, 3, 32, 64)
     assert np.var(params["kernel"]) == pytest.approx(2 / (9 * 32), rel=0.05)
     np.testing.assert_array_equal(params["bias"], 0)

@@ -72,7 +72,7 @@ def test_starts_as_a_plain_convolution(modulated, share):
 def test_all_parameters_learn_from_the_start():
     x = jax.random.normal(jax.random.key(0), (2, 5, 7, 6))
     layer = DeformableConv(4, 3)
-    params = layer.init(jax.random.key(1), x)
+    params = jax.jit(layer.init)(jax.random.key(1), x)
     gradients = jax.jit(jax.grad(lambda p: jnp.square(layer.apply(p, x)).sum()))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(gradient).max() > 0, path

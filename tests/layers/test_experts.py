@@ -116,7 +116,7 @@ def built(**fields):
         **{"num_experts": EXPERTS, "top_k": 2, "hidden_width": HIDDEN, **fields}
     )
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, WIDTH)), jnp.float32)
-    return layer, layer.init(jax.random.key(0), x), x
+    return layer, jax.jit(layer.init)(jax.random.key(0), x), x
 
 
 def by_the_definition(variables, x, choose):
@@ -179,7 +179,7 @@ def test_initial_experts_are_as_large_as_one_alone():
     """Glorot's variance of one expert's matrix, which no number of experts changes."""
     fields = {"num_experts": 20, "hidden_width": 50, "top_k": 1}
     layer = MixtureOfExperts(**fields)
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, 30)))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, 30)))["params"]
     for name in ("gate", "up", "down"):
         np.testing.assert_allclose(jnp.var(params[name]), 2 / (30 + 50), rtol=0.05)
 

@@ -16,14 +16,14 @@ def test_learned_positions_equal_an_embedding_of_torch():
     layer = LearnedPositions(11, 6)
     out = jax.jit(layer.apply)({"params": {"embedding": table}}, POSITIONS)
     np.testing.assert_array_equal(out, theirs(torch.tensor(POSITIONS)).detach().numpy())
-    params = layer.init(jax.random.key(0), jnp.asarray(POSITIONS))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.asarray(POSITIONS))["params"]
     assert params["embedding"].shape == (11, 6)
     assert 0.01 < np.std(params["embedding"]) < 0.03
 
 
 def test_a_position_that_was_never_learned_is_not_a_number():
     layer = LearnedPositions(11, 6)
-    variables = layer.init(jax.random.key(0), jnp.asarray(POSITIONS))
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.asarray(POSITIONS))
     out = layer.apply(variables, jnp.array([[-1, 0, 10, 11]]))
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[True, False, False, True]])
     assert not np.isnan(out[:, 1:3]).any()

@@ -175,7 +175,7 @@ def test_a_trained_model_takes_any_extrapolation_method():
     """No scheme of these has parameters, and within the trained length some change nothing."""
     x = draw(7, B, T, 17)
     trained = SoftmaxMixer(num_heads=3, head_dim=8)
-    variables = trained.init(jax.random.key(0), x)
+    variables = jax.jit(trained.init)(jax.random.key(0), x)
     expected, _ = trained.apply(variables, x)
     for scheme, same in (
         (Rotary(scaling=DynamicNtk(T)), True),
@@ -201,7 +201,7 @@ def test_keys_are_cached_turned_unless_the_turn_follows_the_length(name, scaling
     rotary = Rotary(scaling=scaling)
     assert rotary.follows_length == (scaling is not None)
     mixer, x = MIXERS[name].clone(position=rotary), draw(7, B, T, 17)
-    variables = mixer.init(jax.random.key(0), x)
+    variables = jax.jit(mixer.init)(jax.random.key(0), x)
     expected, _ = mixer.apply(variables, x)
 
     def step(x, state):

@@ -67,7 +67,7 @@ class Listed(nn.Module):
 def test_only_equal_neighbours_are_stacked():
     """Blocks 5 5 7 5: a scan of two, and two of one block."""
     model = Listed((5, 5, 7, 5))
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     numbers, expected = jax.tree.map(np.asarray, variables), np.asarray(X)
     for i in range(4):
         layers = numbers["params"][f"block_{i}"]

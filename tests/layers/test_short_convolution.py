@@ -33,7 +33,7 @@ def test_the_layer_is_a_padded_conv1d_and_silu(use_bias):
 def test_documents_reach_the_op():
     layer = ShortConvolution(size=3)
     x = jnp.ones((1, 6, 5))
-    params = layer.init(jax.random.key(0), x)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
     out, _ = layer.apply(params, x, segment_ids=jnp.asarray([[0, 0, 0, 1, 1, 1]]))
     np.testing.assert_allclose(out[:, 3:], out[:, :3], rtol=1e-6)
     assert np.abs(out[:, 0] - out[:, 2]).max() > 1e-3

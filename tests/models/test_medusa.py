@@ -18,7 +18,7 @@ MODEL = MedusaHeads(VOCABULARY, heads=HEADS, depth=DEPTH)
 
 
 def parameters():
-    params = MODEL.init(jax.random.key(0), jnp.asarray(HIDDEN))["params"]
+    params = jax.jit(MODEL.init)(jax.random.key(0), jnp.asarray(HIDDEN))["params"]
     return jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), params)
 
 

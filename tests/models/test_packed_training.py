@@ -34,7 +34,7 @@ def alone(model, params):
 def test_packed_equals_alone_in_loss_and_gradients(mixer):
     options = {"num_heads": 2, "head_dim": 6}
     model = Decoder(width=20, depth=1, vocab_size=VOCAB, mixer=mixer, mixer_options=options)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"]
     packed = pack_documents(TokenDocuments.join(documents()), LENGTH)
     assert len(packed) == len(SIZES) / 2 and packed.fill < 1
     arrays = packed.batch(np.arange(len(packed)), np.random.default_rng(0))

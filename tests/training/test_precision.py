@@ -71,7 +71,7 @@ def test_a_named_layer_computes_in_float32(precision):
 def test_one_parameter_of_a_layer_is_enough_and_the_dtype_comes_back():
     x = jnp.ones((2, IN))
     model = Twofold(jnp.bfloat16)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     kept = matching_paths(params, "head/kernel|nothing")
     assert kept == {"head/kernel"}
     bound = model.bind({"params": cast_floating(params, jnp.bfloat16, kept)})

@@ -255,7 +255,7 @@ def test_older_entries_of_rotary_positions_are_understood(tmp_path):
 )
 def test_stretched_positions_are_kept(tmp_path, scaling):
     model = Llama(6, 1, 1, 1, 5, vocab_size=7, rope_base=77.0, rope_scaling=scaling, context=23)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     jaxmodels.save_pretrained(model, variables, tmp_path / "model")
     assert jaxmodels.load_pretrained(tmp_path / "model")[0] == model.clone(head_dim=None)
 

@@ -25,8 +25,10 @@ from jaxmodels.models.vision.residual_variants import DeformableResNet
 from jaxmodels.models.vision.resnet import resnet101
 from jaxmodels.ops.deformable_roi import deformable_ps_roi_pool
 from jaxmodels.ops.detections import Detections
-from jaxmodels.ops.position_sensitive import ps_roi_pool
+from jaxmodels.ops.position_sensitive import ps_roi_align, ps_roi_pool
 from jaxmodels.registry import register_model
+
+_POOLINGS = ("mean", "align", "deformable")
 
 
 class PositionSensitiveVote(nn.Module):
@@ -34,24 +36,26 @@ class PositionSensitiveVote(nn.Module):
 
     out[n, f] = 1 / k^2 sum_(i, j) mean of map (i, j, f) over bin (i, j) of RoI n
 
-    If deformable, k^2 other maps, pooled likewise, say how far each bin is moved, as
-    shares of the RoI's size; they start at zero.
+    "mean" is over the cells that a bin rounds to, as published; "align" over bilinear
+    samples, which RoIs of few cells need; "deformable" likewise, and k^2 other maps,
+    pooled by "mean", say how far each bin is moved, as shares of the RoI's size (zero at
+    first).
 
     Attributes:
       features: F values a RoI.
       grid: k, bins along a side.
       stride: of the maps.
-      deformable: whether bins move.
+      pooling: "mean", "align" or "deformable".
       dtype: of the maps; parameters are float32.
 
-    Source: Dai et al. 2016, equations 1 and 2; Dai et al. 2017, section 2.2 and
-    figure 4.
+    Source: Dai et al. 2016, equations 1 and 2; Li et al. 2017, "Light-Head R-CNN",
+    section 3.2 (arXiv:1711.07264); Dai et al. 2017, section 2.2 and figure 4.
     """
 
     features: int
     grid: int
     stride: int
-    deformable: bool
+    pooling: str = "mean"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -63,8 +67,10 @@ class PositionSensitiveVote(nn.Module):
         # The published deviation of new layers.
         init = nn.initializers.normal(0.01)
         maps = Conv(parts * self.features, 1, kernel_init=init, dtype=self.dtype, name="maps")(x)
-        if not self.deformable:
+        if self.pooling == "mean":
             pooled = ps_roi_pool(maps, rois, size, stride=self.stride)
+        elif self.pooling == "align":
+            pooled = ps_roi_align(maps, rois, size, stride=self.stride)
         else:
             zeros = nn.initializers.zeros
             moves = Conv(2 * parts, 1, kernel_init=zeros, dtype=self.dtype, name="moves")(x)
@@ -90,7 +96,7 @@ class RFCN(Detector):
       width: channels that it is reduced to.
       grid: k, bins along the side of a RoI.
       num_hardest: RoIs of an image to learn from, those of the largest loss.
-      deformable: whether the bins of the pooling move.
+      pooling: "mean", "align" or "deformable", see `PositionSensitiveVote`.
       score_threshold, iou_threshold, max_detections: of what `detect` returns.
       dtype: of the computation; parameters are float32.
     """
@@ -108,7 +114,7 @@ class RFCN(Detector):
     width: int = 1024
     grid: int = 7
     num_hardest: int = 128
-    deformable: bool = False
+    pooling: str = "mean"
     score_threshold: float = 0.05
     iou_threshold: float = 0.3
     max_detections: int = 100
@@ -130,7 +136,7 @@ class RFCN(Detector):
         )
         self.reduce = Conv(self.width, 1, dtype=self.dtype)
         options = {"grid": self.grid, "stride": strides[self.region_map], "dtype": self.dtype}
-        options["deformable"] = self.deformable
+        options["pooling"] = self.pooling
         self.classes = PositionSensitiveVote(self.num_classes + 1, **options)
         self.boxes = PositionSensitiveVote(4, **options)
 
@@ -184,6 +190,8 @@ class RFCN(Detector):
         return self.classes(x, rois), self.boxes(x, rois)[:, :, None]
 
     def _check(self) -> None:
+        if self.pooling not in _POOLINGS:
+            raise ValueError(f"RFCN: pooling={self.pooling!r} is none of {list(_POOLINGS)}")
         known = self.backbone.feature_strides
         for field in ("proposal_map", "region_map"):
             if (name := getattr(self, field)) not in known:
@@ -203,4 +211,4 @@ def r_fcn_resnet101_deformable(**overrides) -> RFCN:
     backbone = DeformableResNet(
         depths=(3, 4, 23, 3), num_classes=0, output_stride=16, norm="frozen"
     )
-    return RFCN(**{"backbone": backbone, "deformable": True, **overrides})
+    return RFCN(**{"backbone": backbone, "pooling": "deformable", **overrides})

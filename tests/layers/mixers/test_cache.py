@@ -20,7 +20,7 @@ OPTIONS = {
 
 def built(name):
     mixer = create_mixer(name, **OPTIONS[name])
-    params = mixer.init(jax.random.key(0), jnp.ones((1, 2, WIDTH)))
+    params = jax.jit(mixer.init)(jax.random.key(0), jnp.ones((1, 2, WIDTH)))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
     return mixer, jax.jit(lambda x, **rest: mixer.apply(params, x, **rest))
 
@@ -138,6 +138,6 @@ def test_bad_input():
         call(tokens(2), state=state._replace(among=among()))
     mixer = create_mixer("sparse", num_heads=2, head_dim=6)
     state = mixer.init_state(BATCH, ROOM, jnp.float32)
-    params = mixer.init(jax.random.key(0), tokens(2))
+    params = jax.jit(mixer.init)(jax.random.key(0), tokens(2))
     with pytest.raises(ValueError, match=r"SparseMixer: a tree .* draft chains"):
         mixer.apply(params, tokens(6), state=state._replace(among=among()))

@@ -13,7 +13,7 @@ def layer_and_params():
     layer = GatedLinearAttention(
         num_heads=HEADS, head_dim=HEAD_DIM, gate_rank=RANK, gate_temperature=3.0, chunk_size=8
     )
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [x + jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves]

@@ -12,7 +12,7 @@ BATCH, TIME, WIDTH, HEADS, HEAD_DIM = 2, 13, 11, 3, 5
 
 def layer_and_params(lower_bound):
     layer = Hgrn2(num_heads=HEADS, head_dim=HEAD_DIM, lower_bound=lower_bound, chunk_size=8)
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [x + jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves]

@@ -91,7 +91,7 @@ def test_values_and_gradients_match_transformers():
 def test_fresh_parameters_are_the_published_ones():
     """Rates of decay in [1, 16], first time steps in [0.001, 0.1], skips of one."""
     layer = Mamba2(num_heads=512, head_dim=1, state_dim=2)
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, 3)))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, 3)))["params"]
     rates, steps = np.exp(params["A_log"]), np.log1p(np.exp(params["dt_bias"]))
     assert 1.0 <= rates.min() < 1.2 and 15.8 < rates.max() <= 16.0
     assert 0.00099 < steps.min() < 0.0011 and 0.09 < steps.max() < 0.1001

@@ -11,7 +11,7 @@ BATCH, TIME, WIDTH, HEADS, HEAD_DIM, VALUE_DIM = 2, 13, 11, 3, 6, 18
 
 def layer_and_params():
     layer = MultiScaleRetention(num_heads=HEADS, head_dim=HEAD_DIM, value_expansion=3, chunk_size=8)
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [x + jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves]

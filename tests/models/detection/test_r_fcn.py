@@ -43,7 +43,7 @@ MODEL = RFCN(
     iou_threshold=0.9,
     max_detections=40,
 )
-DEFORMABLE = MODEL.clone(backbone=DeformableResNet(**BACKBONE), deformable=True)
+DEFORMABLE = MODEL.clone(backbone=DeformableResNet(**BACKBONE), pooling="deformable")
 
 
 def rounded(value):
@@ -104,12 +104,12 @@ def pooled_where_sent(maps, roi, offsets, features):
     return out
 
 
-@pytest.mark.parametrize("deformable", [False, True])
-def test_votes_are_means_of_each_bins_own_maps(deformable):
+@pytest.mark.parametrize("pooling", ["mean", "align", "deformable"])
+def test_votes_are_means_of_each_bins_own_maps(pooling):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 11, 13, 5))
     rois = np.stack([oracle.boxes_in(rng, 7, np.array([44.0, 52.0])) for _ in range(2)])
-    model = PositionSensitiveVote(2, GRID, STRIDE, deformable)
+    model = PositionSensitiveVote(2, GRID, STRIDE, pooling)
     arrays = jnp.asarray(x, jnp.float32), jnp.asarray(rois)
     variables = torch_layers.random_variables(model, *arrays)
     found = jax.jit(model.apply)(variables, *arrays)
@@ -119,11 +119,13 @@ def test_votes_are_means_of_each_bins_own_maps(deformable):
     }
     for b in range(2):
         for n in range(7):
-            if deformable:
-                offsets = pooled(layers["moves"][b], rois[b, n], 2)
-                bins = pooled_where_sent(layers["maps"][b], rois[b, n], offsets, 2)
-            else:
+            if pooling == "mean":
                 bins = pooled(layers["maps"][b], rois[b, n], 2)
+            else:
+                offsets = np.zeros((GRID, GRID, 2))
+                if pooling == "deformable":
+                    offsets = pooled(layers["moves"][b], rois[b, n], 2)
+                bins = pooled_where_sent(layers["maps"][b], rois[b, n], offsets, 2)
             expected = bins.reshape(-1, 2).mean(axis=0)
             np.testing.assert_allclose(found[b, n], expected, rtol=1e-4, atol=1e-5)
 
@@ -234,6 +236,13 @@ def test_maps_that_are_not_there_are_named(field):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
             MODEL.clone(**{field: "P9"}).init, jax.random.key(0), jnp.zeros((1, 40, 56, 1))
+        )
+
+
+def test_unknown_poolings_are_refused():
+    with pytest.raises(ValueError, match=r"RFCN: pooling='max' is none of \['mean'"):
+        jax.eval_shape(
+            MODEL.clone(pooling="max").init, jax.random.key(0), jnp.zeros((1, 40, 56, 1))
         )
 
 
