@@ -1,6 +1,7 @@
 """Convolution against torch: values and both gradients, in every form of the CPU."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,6 +100,29 @@ def test_forms_of_the_cpu():
     assert text(3, 3).count("stablehlo.convolution") == 2
     assert text(64, 2).count("stablehlo.convolution") == 1  # the forward pass alone
     assert text(64, 2, features=32).count("stablehlo.convolution") == 2
+
+
+@pytest.mark.parametrize("channels", [3, 64])
+def test_gradients_on_a_cpu_are_convolutions_that_need_no_rearranging(channels):
+    """XLA rearranges none inside of loops and branches, and runs those sixty times slower."""
+    x, kernel = map(jnp.asarray, arrays((2, 9, 8, channels), (3, 2, channels, channels)))
+    options = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+
+    def loss(x, kernel):
+        return (convolution(x, kernel, **options) ** 2).sum()
+
+    found = []
+
+    def search(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive is jax.lax.conv_general_dilated_p:
+                found.append(equation.params["dimension_numbers"])
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                search(inner)
+
+    search(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernel).jaxpr)
+    plain = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    assert found == [plain] * (3 if channels < 64 else 2)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(3, 1), (64, 2), (5, 3)])
