@@ -37,7 +37,7 @@ Name = Literal[
 # Digits of 8 to 48 pixels and the limits of COCO's sizes, 32 and 96: as pictures three times as
 # large, a sixth of the digits are small, a quarter large.
 MAGNIFIED = 3
-# As many as take five to eight minutes on two cores, batches of 16 scenes of 128 x 128.
+# As many as take three to seven minutes on two cores, batches of 16 scenes of 128 x 128.
 STEPS: dict[Name, int] = {
     "faster_rcnn": 2500,
     "faster_rcnn_fpn": 1500,

@@ -13,7 +13,7 @@ Claim     Each of these detectors, cut down to a backbone of four residual block
 Measured  COCO's twelve figures and Pascal VOC's two on scenes of other digits, images a
           second, parameters, seconds of training. Sizes are judged as if scenes were three
           times as large, so that "small" are digits of up to 10 pixels.
-Run       python experiments/detect.py                       (FCOS; about 7 min on 2 CPU cores)
+Run       python experiments/detect.py                       (FCOS; about 5 min on 2 CPU cores)
           python experiments/detect.py --model yolo_v3
           python experiments/detect.py --data voc:VOCdevkit/VOC2007 --model fcos \
               --pretrained microsoft/resnet-50
@@ -87,7 +87,7 @@ class Config:
     test_scales: tuple[float, ...] = (1.0,)
     """Sizes of images that are searched, and their boxes joined."""
     steps: int | None = None
-    """By default as many as small detectors do on scenes in five to eight minutes on two
+    """By default as many as small detectors do on scenes in three to seven minutes on two
     cores, and 20,000 on pictures of yours."""
     batch_size: int = 16
     learning_rate: float = 2e-3
