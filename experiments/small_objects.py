@@ -10,7 +10,7 @@ Measured  Faster R-CNN on one map of stride 16, and with each remedy, trained fo
           to 10 pixels, as if scenes were three times as large) on scenes of other digits,
           milliseconds an image in inference, and seconds of training. The image pyramid
           trains and searches at scales 1 and 2; the higher resolution at 2 alone. One seed.
-Run       python experiments/small_objects.py            (some 35 min on 2 CPU cores)
+Run       python experiments/small_objects.py            (some 20 min on 2 CPU cores)
           python experiments/small_objects.py --help
 """
 

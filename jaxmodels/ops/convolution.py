@@ -102,7 +102,7 @@ def _forward(x, kernel, strides, sides, dilations):
 def _backward(strides, sides, dilations, saved, g):
     x, kernel = saved
     wide = min(kernel.shape[2:]) >= _CHANNELS
-    to_kernel = _kernel_gradient if wide else _narrow_kernel_gradient
+    to_kernel = _wide_kernel_gradient if wide else _narrow_kernel_gradient
     options = strides, sides, dilations
     return _input_gradient(x, g, kernel, *options), to_kernel(x, g, kernel, *options)
 
@@ -149,7 +149,7 @@ def _narrow_kernel_gradient(x, g, kernel, strides, sides, dilations):
     return found.transpose(1, 2, 0, 3)
 
 
-def _kernel_gradient(x, g, kernel, strides, sides, dilations):
+def _wide_kernel_gradient(x, g, kernel, strides, sides, dilations):
     """A matrix product for each row of the kernel: what came back times what the row saw.
 
     What came back is transposed once, and first: with many rows and few columns on both
