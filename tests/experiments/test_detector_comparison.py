@@ -6,6 +6,8 @@ import runpy
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ NAME = "detector_comparison.py"
 SCRIPT = Path(__file__).parents[2] / "experiments" / NAME
 PYRAMID = "the pyramid gains most on small digits"
 POSITION = "R-FCN matches Faster R-CNN with a faster head"
+HEAD = "faster_rcnn, last stage as head"
 TRIDENT = "TridentNet's single branch keeps most of the gain"
 IOU = "generalized IoU beats L1"
 
@@ -26,10 +29,10 @@ def script():
 def found():
     """Figures with which all claims hold."""
     base = {"ap": 0.5, "ap_small": 0.3, "ap_large": 0.6, "images a second": 10.0}
-    base["milliseconds of the head"] = 2.0
     return {
         "faster_rcnn": base,
         "faster_rcnn_fpn": base | {"ap_small": 0.5, "ap_large": 0.7},
+        HEAD: base | {"milliseconds of the head": 2.0},
         "r_fcn": base | {"ap": 0.49, "milliseconds of the head": 1.0},
         "tridentnet for one branch": base | {"ap": 0.6},
         "tridentnet, one branch": base | {"ap": 0.56},
@@ -45,7 +48,7 @@ def found():
         ("faster_rcnn_fpn", {"ap_small": 0.35}, PYRAMID),
         ("faster_rcnn", {"ap_small": 0.6, "ap_large": 0.9}, PYRAMID),
         ("r_fcn", {"ap": 0.47}, POSITION),
-        ("faster_rcnn", {"milliseconds of the head": 0.9}, POSITION),
+        (HEAD, {"milliseconds of the head": 0.9}, POSITION),
         ("tridentnet for one branch", {"ap": 0.63}, TRIDENT),
         ("tridentnet for one branch", {"ap": 0.45}, TRIDENT),
         ("fcos", {"ap": 0.53}, IOU),
@@ -58,7 +61,7 @@ def test_claims_are_about_pairs(script, name, change, fails):
 
 
 def test_claims_about_others_are_not_judged(script):
-    few = {name: found()[name] for name in ("faster_rcnn", "r_fcn", "fcos")}
+    few = {name: found()[name] for name in (HEAD, "r_fcn", "fcos")}
     judged = script["claims"](few)
     assert judged == {PYRAMID: None, POSITION: True, TRIDENT: None, IOU: None}
 
@@ -92,7 +95,25 @@ def test_special_trials_come_with_their_detector(script):
         "tridentnet for one branch": ("tridentnet", {"ranges": ((0.0, 1e9),) * 3}),
         "fcos, L1": ("fcos", {"box_loss": "l1"}),
     }
-    assert len(script["trials"](script["Config"]())) == 13
+    assert len(script["trials"](script["Config"]())) == 14
+
+
+def test_the_counterpart_of_r_fcn_runs_the_last_stage_on_each_region(script):
+    config = script["Config"](models=("r_fcn",), width=8)
+    trials = script["trials"](config)
+    assert {*trials} == {"r_fcn", HEAD}
+    name, fields = trials[HEAD]
+    model = script["make"](config, name, **fields)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 1), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    assert {*params["head"]} == {"block_0"} and not any("stages_3" in k for k in params["backbone"])
+    position_sensitive = script["make"](config, "r_fcn")
+    stages = jax.eval_shape(position_sensitive.init, jax.random.key(0), images)["params"][
+        "backbone"
+    ]
+    shapes = jax.tree.map(jnp.shape, stages["stages_3_0"])
+    assert jax.tree.map(jnp.shape, params["head"]["block_0"]) == shapes
+    assert model.backbone.feature_strides["C4"] == 8
 
 
 def test_writes_what_it_promises(launch, tmp_path):
