@@ -5,12 +5,13 @@ import os
 
 # Eight virtual devices let the sharding tests run anywhere. Nearly all of the suite's time
 # is compilation: optimising takes half of it, and the newer emitters of fused loops half of
-# the rest. All must precede JAX.
+# the rest; two workers fill two cores. All must precede JAX.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_multi_thread_eigen=false",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
