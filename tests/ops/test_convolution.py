@@ -60,6 +60,7 @@ def test_equals_torch_with_gradients(kernel, size, groups, options):
     check(x, weight, groups=groups, **options)
 
 
+@pytest.mark.parametrize("channels", [(64, 67), (3, 5)], ids=["wide", "narrow"])
 @pytest.mark.parametrize(
     ("kernel", "options"),
     [
@@ -69,8 +70,8 @@ def test_equals_torch_with_gradients(kernel, size, groups, options):
         ((1, 2), {"stride": (3, 1), "padding": ((2, 2), (0, 3)), "dilation": (1, 3)}),
     ],
 )
-def test_wide_kernels_equal_torch_with_gradients(kernel, options):
-    x, weight = arrays((2, 11, 13, 64), (*kernel, 64, 67))
+def test_both_forms_of_the_cpu_equal_torch_with_gradients(kernel, options, channels):
+    x, weight = arrays((2, 11, 13, channels[0]), (*kernel, *channels))
     check(x, weight, **options)
 
 
