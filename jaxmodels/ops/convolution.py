@@ -115,11 +115,8 @@ _on_cpu.defvjp(_forward, _backward)
 
 def _input_gradient(x, g, kernel, strides, sides, dilations):
     """A convolution of what came back, spread out by the stride, with the mirrored kernel."""
-    padding = []
-    for axis in (0, 1):
-        reach = dilations[axis] * (kernel.shape[axis] - 1)
-        low, spread = sides[axis][0], (g.shape[1 + axis] - 1) * strides[axis] + 1
-        padding.append((reach - low, x.shape[1 + axis] - spread + low))
+    spans = _spans(x, g, kernel, strides, sides, dilations)
+    padding = [(reach - low, beyond) for reach, low, beyond in spans]
     return lax.conv_general_dilated(
         g,
         jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
@@ -133,11 +130,8 @@ def _input_gradient(x, g, kernel, strides, sides, dilations):
 
 def _narrow_kernel_gradient(x, g, kernel, strides, sides, dilations):
     """A convolution of the image, channels as images, with what came back as the kernel."""
-    padding = []
-    for axis in (0, 1):
-        reach = dilations[axis] * (kernel.shape[axis] - 1)
-        low, spread = sides[axis][0], (g.shape[1 + axis] - 1) * strides[axis] + 1
-        padding.append((low, reach + spread - x.shape[1 + axis] - low))
+    spans = _spans(x, g, kernel, strides, sides, dilations)
+    padding = [(low, reach - beyond) for reach, low, beyond in spans]
     found = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
         g.transpose(1, 2, 0, 3),
@@ -147,6 +141,14 @@ def _narrow_kernel_gradient(x, g, kernel, strides, sides, dilations):
         dimension_numbers=_LAYOUT,
     )
     return found.transpose(1, 2, 0, 3)
+
+
+def _spans(x, g, kernel, strides, sides, dilations):
+    """Of each axis: the kernel's reach, the padding before, and pixels after the last place."""
+    for axis in (0, 1):
+        low, last = sides[axis][0], (g.shape[1 + axis] - 1) * strides[axis]
+        reach = dilations[axis] * (kernel.shape[axis] - 1)
+        yield reach, low, x.shape[1 + axis] + low - last - 1
 
 
 def _wide_kernel_gradient(x, g, kernel, strides, sides, dilations):
