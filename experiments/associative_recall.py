@@ -238,7 +238,7 @@ def draw_figure(
     """Recall against memory, for keys written once and keys written again."""
     sizes = [memory_size(config, head_dim) for head_dim in config.head_dims]
     attention = recall[REFERENCE, max(config.head_dims)]
-    figure = plots.new_figure(width=11, height=4.5)
+    figure = plots.new_figure(width=11.0, height=4.5)
     titles = ("keys written once", "keys written again: the last value counts")
     for axes, kind, title in zip(figure.subplots(1, 2), KINDS, titles, strict=True):
         lines = {

@@ -173,7 +173,7 @@ def gain_at_the_longest(cost: dict[str, list[float]], rival: dict[str, list[floa
 
 def draw_figure(folder: Path, costs: dict[str, dict[str, list[float]]]) -> None:
     """Time and memory against length, a line a mixer."""
-    figure = plots.new_figure(width=13, height=6)
+    figure = plots.new_figure(width=13.0, height=6.0)
     for axes, key, unit, scale in zip(
         figure.subplots(1, 2),
         ("seconds", "bytes"),

@@ -74,7 +74,9 @@ class Config:
     ema: float = 0.99
     """Decay of the moving average of the parameters, which is what is tested."""
     precision: str = "float32"
-    """Or "bfloat16"."""
+    """float32, bfloat16, float16, or float8 (products of eight bits, the rest bfloat16)."""
+    keep_float32: str | None = None
+    """Parameters whose layers compute in float32 under every precision, by path, as "^head/"."""
     accumulate: int = 1
     mesh: str = ""
     """Devices, such as data=2,fsdp=4."""
@@ -187,6 +189,7 @@ def train(config: Config, model, variables, train_set: data.ImageDataset, folder
         loss_fn,
         optimizer,
         precision=config.precision,
+        keep_float32=config.keep_float32,
         accumulate=config.accumulate,
         ema=config.ema,
     )
@@ -246,7 +249,7 @@ def conclude(config: Config, logits, train_set, test_set, variables) -> Result:
 
 def draw_figure(folder: Path, logits: np.ndarray, test_set: data.ImageDataset) -> None:
     """The loss while training, and pictures that were named wrongly."""
-    figure = plots.new_figure(width=10, height=4.5)
+    figure = plots.new_figure(width=10.0, height=4.5)
     left, right = figure.subplots(1, 2)
     records = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
     line = [record["step"] for record in records], [record["loss"] for record in records]

@@ -250,7 +250,7 @@ def conclude(
 
 def draw_figure(folder: Path, evaluator, detect, variables, batch, class_names) -> None:
     """The loss, precision against recall, and what was found on the first images."""
-    figure = plots.new_figure(width=12, height=9)
+    figure = plots.new_figure(width=12.0, height=9.0)
     above, below = figure.subfigures(2, 1)
     left, right = above.subplots(1, 2)
     records = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]

@@ -233,7 +233,7 @@ def claims(measured: dict[str, dict[str, float]]) -> dict[str, bool | None]:
 
 def draw_figure(folder: Path, measured: dict[str, dict[str, float]]) -> None:
     """Accuracy against speed, and by size of digits."""
-    figure = plots.new_figure(width=13, height=5.5)
+    figure = plots.new_figure(width=13.0, height=5.5)
     left, right = figure.subplots(1, 2)
     points = {
         name: ([of["images a second"]], [of["ap"]])

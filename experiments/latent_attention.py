@@ -227,7 +227,7 @@ def conclude(published: dict[str, float], found: dict[str, dict[str, float]]) ->
 
 def draw_figure(folder: Path, found: dict[str, dict[str, float]]) -> None:
     """Bits per byte and speed against the size of the cache, a point a kind of attention."""
-    figure = plots.new_figure(width=13, height=6)
+    figure = plots.new_figure(width=13.0, height=6.0)
     labels = {
         "bits_per_byte": "bits per byte, held out",
         "tokens_per_second_in_equal_memory": "tokens a second in equal memory",

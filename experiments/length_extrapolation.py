@@ -313,7 +313,7 @@ def conclude(config: Config, readings: dict[str, list[Reading]]) -> Result:
 
 def draw_figure(config: Config, folder: Path, readings: dict[str, list[Reading]]) -> None:
     """Loss by position, loss by length, and recall by distance."""
-    figure = plots.new_figure(width=15, height=6)
+    figure = plots.new_figure(width=15.0, height=6.0)
     by_position, by_length, by_distance = figure.subplots(1, 3)
     longest = {name: reading[-1] for name, reading in readings.items()}
     # Ranges that double, so that all of them are wide on a logarithmic axis.

@@ -177,7 +177,7 @@ def conclude(curves: dict[str, dict[str, list[float]]]) -> Result:
 
 def draw_figure(folder: Path, curves: dict[str, dict[str, list[float]]]) -> None:
     """Held-out bits per byte against steps and against seconds, a line a mixer."""
-    figure = plots.new_figure(width=13, height=6)
+    figure = plots.new_figure(width=13.0, height=6.0)
     axes = figure.subplots(1, 2)
     for ax, key, label in zip(axes, ("step", "seconds"), ("step", "seconds"), strict=True):
         lines = {name: (curve[key], curve["bits"]) for name, curve in curves.items()}

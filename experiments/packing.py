@@ -261,7 +261,7 @@ def conclude(rows, lengths, speeds, reading, bits, curves, difference) -> Result
 
 def draw_figure(folder: Path, lengths, speeds, reading, curves) -> None:
     """How long documents are, how fast each form is, and what it has learnt by when."""
-    figure = plots.new_figure(width=16, height=5)
+    figure = plots.new_figure(width=16.0, height=5.0)
     histogram, bars, lines = figure.subplots(1, 3)
     histogram.hist(lengths, bins=np.geomspace(1, lengths.max(), 40))
     histogram.set(xscale="log", xlabel="bytes of a document", ylabel="documents")

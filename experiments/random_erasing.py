@@ -194,7 +194,7 @@ def draw_figure(config: Config, folder: Path, errors: dict[str, np.ndarray]) -> 
     images = jnp.asarray(data.digits("test").arrays()[0][:8])
     key = jax.random.key(config.seed)
     rows = [images, *(occlude(images, share, key) for share in config.occlusions)]
-    figure = plots.new_figure(width=11, height=4.5)
+    figure = plots.new_figure(width=11.0, height=4.5)
     left, right = figure.subplots(1, 2)
     labels = {"plain": "trained on whole digits", "erasing": "trained with random erasing"}
     lines = {

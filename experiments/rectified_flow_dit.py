@@ -69,7 +69,9 @@ class Config:
     ema: float = 0.99
     label_dropout: float = 0.1
     precision: str = "float32"
-    """Of the computation: float32, bfloat16 or float16."""
+    """float32, bfloat16, float16, or float8 (products of eight bits, the rest bfloat16)."""
+    keep_float32: str | None = None
+    """Parameters whose layers compute in float32 under every precision, by path, as "^final"."""
     guidance: float = 2.0
     """Scale of classifier-free guidance for the guided samples."""
     sampling_steps: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -201,6 +203,7 @@ def train(
         loss_fn,
         optimizer,
         precision=config.precision,
+        keep_float32=config.keep_float32,
         accumulate=config.accumulate,
         ema=config.ema,
     )
@@ -296,7 +299,7 @@ def draw_figure(
     """Samples, how one comes about, how training went, and what the claim is about."""
     names = train_set.class_names[:_ROWS]
     chosen = np.stack([np.flatnonzero(labels == c)[:_COLUMNS] for c in range(len(names))])
-    figure = plots.new_figure(width=12, height=7)
+    figure = plots.new_figure(width=12.0, height=7.0)
     axes = figure.subplot_mosaic(
         [["samples", "path", "path"], ["samples", "loss", "quality"]],
         width_ratios=[1.1, 1, 1],

@@ -361,7 +361,7 @@ def draw_figure(folder: Path, scenes, trials: dict[str, dict[str, Trial]]) -> No
     }
     images, masks = scenes["image"][:8], scenes["mask"]
     rows = {"truth": masks, **{name: trial.predictions for name, trial in shown.items()}}
-    figure = plots.new_figure(width=13, height=1 + 0.75 * (1 + len(rows)))
+    figure = plots.new_figure(width=13.0, height=1 + 0.75 * (1 + len(rows)))
     left, right = figure.subplots(1, 2)
     pictures = [np.repeat(images, 3, axis=-1), *(overlay(images, row[:8]) for row in rows.values())]
     plots.image_grid(left, np.stack(pictures), row_labels=["scene", *rows], title="test scenes")

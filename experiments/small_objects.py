@@ -148,7 +148,7 @@ def conclude(measured: dict[str, dict[str, float]]) -> Result:
 
 def draw_figure(folder: Path, measured: dict[str, dict[str, float]]) -> None:
     """Precision by size of digits, and of small ones against time."""
-    figure = plots.new_figure(width=12, height=5)
+    figure = plots.new_figure(width=12.0, height=5.0)
     left, right = figure.subplots(1, 2)
     sizes = ("ap_small", "ap_medium", "ap_large")
     lines = {name: ([0, 1, 2], [of[size] for size in sizes]) for name, of in measured.items()}

@@ -321,7 +321,7 @@ def conclude(measured: dict[str, Any]) -> Result:
 
 def draw_figure(folder: Path, found: dict[str, Runs]) -> None:
     """Speed of each way, and how often each guess was accepted where those before it were."""
-    figure = plots.new_figure(width=14, height=6)
+    figure = plots.new_figure(width=14.0, height=6.0)
     left, right = figure.subplots(1, 2)
     names = list(found)[::-1]
     colors = [plots.PALETTE[0 if name.startswith("plain") else 1] for name in names]

@@ -74,7 +74,7 @@ class Config:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     precision: str = "float32"
-    """Or "bfloat16", or "float16"."""
+    """float32, bfloat16, float16, or float8 (products of eight bits, the rest bfloat16)."""
     held_out_windows: int = 128
     """Held-out sequences that bits per byte are measured on."""
     prompt: str = "def "

@@ -1,5 +1,6 @@
 """Many feed-forwards of which every token sees a few."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.ops import float8
 from jaxmodels.ops.experts_blocked import blocked_swiglu
 from jaxmodels.ops.platform import platform
 from jaxmodels.ops.routing import expert_load
@@ -37,7 +39,8 @@ def dropless_experts(
       gate, up, down: an expert's three matrices along the first axis.
       implementation: "ragged" is XLA's grouped product, which on CPU multiplies
         every token by every expert; "blocked" a loop over experts and blocks of
-        rows; "auto" is blocked on CPU and ragged elsewhere.
+        rows; "auto" is blocked on CPU, but for products of eight bits, and ragged
+        elsewhere.
 
     Returns:
       An array of x's shape and dtype.
@@ -59,7 +62,7 @@ def dropless_experts(
     places = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
     pairs = jnp.broadcast_to(x[:, None], (num_tokens, top_k, x.shape[1]))
     rows = _permuted(pairs.reshape(-1, x.shape[1]), order, places)
-    out = _swiglu(implementation)(rows, expert_load(experts, len(gate)), gate, up, down)
+    out = _swiglu(implementation, rows, gate)(rows, expert_load(experts, len(gate)), gate, up, down)
     out = _permuted(out, places, order).reshape(pairs.shape)
     return jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), out)
 
@@ -99,9 +102,9 @@ def capacity_experts(
             f"(E, C) with E = {len(gate)} experts, as capacity_slots gives them"
         )
     seen = x[tokens]
-    hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", seen, gate))
-    hidden = hidden * jnp.einsum("ecd,edf->ecf", seen, up)
-    out = jnp.einsum("ecf,efd->ecd", hidden, down) * weights[..., None].astype(x.dtype)
+    multiply = functools.partial(float8.product, jnp.matmul)
+    hidden = jax.nn.silu(multiply(seen, gate)) * multiply(seen, up)
+    out = multiply(hidden, down) * weights[..., None].astype(x.dtype)
     return jnp.zeros_like(x).at[tokens].add(out)
 
 
@@ -148,19 +151,22 @@ def sorted_swiglu(
 
     Source: as `dropless_experts`.
     """
-    return _swiglu("auto")(rows, load, gate, up, down)
+    return _swiglu("auto", rows, gate)(rows, load, gate, up, down)
 
 
 def _ragged_swiglu(rows, load, gate, up, down):
-    hidden = jax.nn.silu(lax.ragged_dot(rows, gate, load)) * lax.ragged_dot(rows, up, load)
-    return lax.ragged_dot(hidden, down, load)
+    def multiply(rows, matrices):
+        return float8.product(lax.ragged_dot, rows, matrices, load)
+
+    return multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
 
 
-def _swiglu(implementation: str) -> Callable[..., Any]:
+def _swiglu(implementation: str, rows: Array, gate: Array) -> Callable[..., Any]:
     """The experts on rows sorted by expert, of which the first has `load[0]`, and so on."""
     known = {"ragged": _ragged_swiglu, "blocked": blocked_swiglu}
     if implementation == "auto":
-        implementation = "blocked" if platform() == "cpu" else "ragged"
+        blocked = platform() == "cpu" and not float8.wanted(rows, gate)
+        implementation = "blocked" if blocked else "ragged"
     if implementation not in known:
         raise ValueError(
             f'dropless_experts: implementation={implementation!r} is none of "auto", "ragged", '

@@ -1,7 +1,9 @@
 """The affine map of every token."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmodels.ops import float8
 from jaxmodels.ops.mesh_axes import axis_size
 
 
@@ -36,7 +38,7 @@ def linear(
             f"{kernel.shape} takes {kernel.shape[0]}; parameters are of another model"
         )
     lead = x.shape[:-1] if axis_size("sequence") > 1 else (-1,)
-    out = x.reshape(*lead, x.shape[-1]) @ kernel
+    out = float8.product(jnp.matmul, x.reshape(*lead, x.shape[-1]), kernel)
     if bias is not None:
         out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
     return out.reshape(*x.shape[:-1], kernel.shape[1])

@@ -2,7 +2,8 @@
 
 Parameters, their gradients, the optimizer and the moving average are float32
 always; the policy names only what the forward and backward pass compute in.
-float16 needs its loss scaled as well, see `loss_scale`.
+float16 needs its loss scaled as well, see `loss_scale`; float8 is bfloat16 with the
+products of linear maps and experts in eight bits, see `ops.float8`.
 """
 
 import contextlib
@@ -14,16 +15,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.ops.float8 import float8_products
 from jaxmodels.training.sharding import path_name
 
-_COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_COMPUTE_DTYPES = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+    "float8": jnp.bfloat16,
+}
 
 
 def compute_dtype(precision: str) -> Any:
     """The dtype a policy computes in; give it to the model as its `dtype`.
 
     Args:
-      precision: `"float32"`, `"bfloat16"` or `"float16"`.
+      precision: `"float32"`, `"bfloat16"`, `"float16"`, or `"float8"`, which
+        computes in bfloat16 but for its products.
 
     Raises:
       ValueError: unknown policy.
@@ -46,6 +54,11 @@ def scales_loss(precision: str) -> bool:
       ValueError: unknown policy.
     """
     return compute_dtype(precision) == jnp.float16
+
+
+def products(precision: str) -> contextlib.AbstractContextManager[None]:
+    """What a policy wants of the matrix products that are traced within it."""
+    return float8_products() if precision == "float8" else contextlib.nullcontext()
 
 
 def cast_floating(tree: Any, dtype: Any, keep: frozenset[str] = frozenset()) -> Any:

@@ -15,6 +15,7 @@ from jaxmodels.training.precision import (
     compute_dtype,
     float32_where_kept,
     matching_paths,
+    products,
     scales_loss,
 )
 from jaxmodels.training.runtime import current_runtime
@@ -50,7 +51,9 @@ def make_step(
       precision: `"float32"`, or `"bfloat16"` or `"float16"` to hand `loss_fn` a
         copy of the parameters in that type; gradients and updates stay float32.
         float16 differentiates the loss times the state's loss scale, and skips
-        the steps where that overflows.
+        the steps where that overflows. `"float8"` is bfloat16 with the products of
+        linear maps and experts, forward and backward, in eight bits scaled tile by
+        tile (`ops.float8`); name in `keep_float32` those that are not to be.
       accumulate: how many equal parts of the batch to take one after the other,
         their gradients averaged: less memory, the same update. A `model_state`
         goes from part to part.
@@ -74,7 +77,8 @@ def make_step(
         batch, `ema` outside (0, 1), a state without a moving average for it, a
         state made for another precision, or `keep_float32` found nowhere.
 
-    Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740).
+    Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740);
+    float8 from DeepSeek-AI 2024, "DeepSeek-V3", section 3.3 (arXiv:2412.19437).
     """
     dtype = compute_dtype(precision)
     if accumulate < 1:
@@ -98,7 +102,8 @@ def make_step(
             return loss if scale is None else scale.scaled(loss), (loss, metrics, kept_state)
 
         of = jax.value_and_grad(loss_in_compute_dtype, has_aux=True)
-        (_, (loss, metrics, model_state)), grads = of(params)
+        with products(precision):
+            (_, (loss, metrics, model_state)), grads = of(params)
         return (grads, {"loss": loss, **metrics}), model_state
 
     def update(state, grads, model_state):

@@ -20,6 +20,7 @@ from jaxmodels.registry import module_fields
 from jaxmodels.weights import deepseek_v3, dit, gpt2, llama, mixtral, resnet, swin, vit
 from jaxmodels.weights.backbones import with_backbone as with_backbone
 from jaxmodels.weights.family import Family
+from jaxmodels.weights.float8 import with_scales
 from jaxmodels.weights.folder import find_folder, open_tensors, read_config, write_folder
 from jaxmodels.weights.preprocess import Preprocessing, preprocessing_config
 from jaxmodels.weights.preprocess import load_preprocessing as load_preprocessing
@@ -44,8 +45,8 @@ def load_pretrained(
 
     Args:
       source: a folder with config.json and safetensors files (whole or in
-        shards), a pipeline folder whose `transformer` is one, or `owner/name`
-        on the hub.
+        shards; in eight bits with scales of blocks too), a pipeline folder whose
+        `transformer` is one, or `owner/name` on the hub.
       revision: branch, tag or commit on the hub.
       **overrides: fields of the model that do not change its parameters, such
         as `dtype` or `dropout`; and `num_classes` of an image classifier, which
@@ -58,7 +59,8 @@ def load_pretrained(
 
     Raises:
       ValueError: no such folder, an unknown kind of model, weights that do not
-        fit (every missing, extra or misshapen tensor is listed), or a pickle.
+        fit (every missing, extra or misshapen tensor is listed) or are quantised in
+        a way that is not read, or a pickle.
     """
     folder = find_folder(source, revision)
     config = read_config(folder)
@@ -66,7 +68,7 @@ def load_pretrained(
     with open_tensors(folder) as tensors:
         tensors = {
             family.rename(name): tensor
-            for name, tensor in tensors.items()
+            for name, tensor in with_scales(tensors, config).items()
             if not re.fullmatch(family.ignored or "", name)
         }
         fields = family.from_config(config, tensors.keys())

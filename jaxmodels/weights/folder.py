@@ -15,6 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxmodels.weights.float8 import Float8Tensor
+
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREPROCESSING = "preprocessor_config.json"
@@ -111,7 +113,10 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
                     f"load_pretrained: {path} is not a whole safetensors file: {error}; "
                     f"download or save it again"
                 ) from error
-            tensors.update((name, handle.get_slice(name)) for name in handle.offset_keys())
+            for name in handle.offset_keys():
+                tensor = handle.get_slice(name)
+                eight = Float8Tensor.reads(tensor.get_dtype())
+                tensors[name] = Float8Tensor(path, name) if eight else tensor
         yield tensors
 
 

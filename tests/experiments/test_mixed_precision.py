@@ -1,4 +1,4 @@
-"""The script on half precision: what it counts, what it concludes, and a run of few steps."""
+"""The script on precision: what it counts, what it concludes, and a run of few steps."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 NAME = "mixed_precision.py"
-KEYS = ("float32", "bfloat16", "float16", "float16_unscaled")
+KEYS = ("float32", "bfloat16", "float16", "float16_unscaled", "float8")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,22 @@ def test_kept_bytes_are_those_of_the_activations(script, dtype, size):
     """The pictures, the exponential, and the softmax of the loss, which is float32 always."""
     model, batch = Squares(dtype), script["first_batch"](script["Config"](batch_size=7))
     params = jax.jit(model.init)(jax.random.key(0), batch["image"])["params"]
-    kept = script["kept_bytes"](model, params, batch)
+    kept = script["kept_bytes"](model, "float16", params, batch)
     activations = size * 7 * (64 + 10)
     # Softmax keeps no more than its logits, their exponentials, and a few numbers a row.
     assert activations + 4 * 7 * 10 <= kept <= activations + 4 * 7 * (2 * 10 + 4)
+
+
+def test_float8_keeps_a_byte_of_what_enters_a_product(script):
+    config = script["Config"](width=16, depth=1, num_heads=2, batch_size=5)
+    batch = script["first_batch"](config)
+    model = script["build"](config, "float8")
+    params = jax.jit(model.init)(jax.random.key(0), batch["image"])["params"]
+    high, low = (
+        script["kept_bytes"](model, name, params, batch) for name in ("bfloat16", "float8")
+    )
+    # Of 16 tokens an image: what enters q, k and v, the output, and both maps of the feed-forward.
+    assert 0.4 < (high - low) / (5 * 16 * (16 + 16 + 16 + 64)) < 1
 
 
 def test_lost_elements_are_zeros_where_float32_has_none(script):
@@ -64,6 +76,7 @@ def test_the_claim_follows_the_numbers(script):
     names = list(script["RUNS"])
     found = {name: dict(figures) for name in names}
     found["float16"] |= {"kept_bytes": 54, "step_seconds": 0.5}
+    found["float8"]["kept_bytes"] = 40
     exact = np.ones(100)
     gradients = {name: exact for name in names}
     gradients["float16 unscaled"] = np.where(np.arange(100) < 20, 0.0, 1.0)
@@ -81,6 +94,8 @@ def test_the_claim_follows_the_numbers(script):
     assert not conclude(bfloat16={**figures, "error": 0.045}).holds
     assert not conclude(float16={**found["float16"], "error": 0.015}).holds
     assert not conclude(float16={**found["float16"], "kept_bytes": 70}).holds
+    assert not conclude(float8={**found["float8"], "error": 0.045}).holds
+    assert not conclude(float8={**found["float8"], "kept_bytes": 55}).holds
     # That the unscaled run goes wrong is no part of the claim.
     assert conclude(**{"float16 unscaled": {**figures, "error": 0.9}}).holds
     gradients["float16"] = np.where(np.arange(100) < 3, 0.0, 1.0)

@@ -146,7 +146,7 @@ def test_trains_on_a_folder_of_pictures(launch, faces, tmp_path):
         (("--num-heads", "5"), "width=32 must be a multiple of"),
         (("--density", "logit_norm"), "unknown density 'logit_norm'; did you mean 'logit_normal'"),
         (("--mesh", "data=3"), "'data=3' asks for 3 devices but there are 8"),
-        (("--precision", "float8"), "precision='float8' is not a policy"),
+        (("--precision", "float4"), "precision='float4' is not a policy"),
         (("--data", "nowhere"), "'nowhere' does not exist"),
         (("--batch-size", "5000"), "batch_size=5000 is more than the 1437"),
         (("--num-samples", "10"), "num_samples=10 is fewer than the 360 held-out pictures"),

@@ -141,7 +141,7 @@ def test_names_the_first_gradient_that_is_not_finite(problem):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "float8"}, "precision='float8' is not a policy"),
+        ({"precision": "float4"}, "precision='float4' is not a policy"),
         ({"accumulate": 0}, "accumulate=0"),
         ({"ema": 1.0}, r"ema=1.0 must lie in \(0, 1\)"),
         ({"ema": 0.9}, "state has no moving average"),

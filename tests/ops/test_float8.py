@@ -1,0 +1,185 @@
+"""Products of eight bits: rounding by torch and `transformers`, products in NumPy float64."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+from jaxmodels.ops import float8
+from jaxmodels.ops.experts import capacity_experts, dropless_experts
+from jaxmodels.ops.linear import linear
+
+EXPERTS, TOKENS, WIDTH, OUT = 3, 149, 139, 131
+
+
+def spread(rng, *shape):
+    """Numbers whose sizes span many powers of two, as activations' do."""
+    return (rng.normal(size=shape) * np.exp(rng.normal(size=shape))).astype(np.float32)
+
+
+def rounded(x, tile):
+    """By the definition: a tile at a time, cast by torch."""
+    out = np.empty(x.shape, np.float64)
+    for place in np.ndindex(*x.shape[:-2]):
+        for i in range(0, x.shape[-2], tile[0]):
+            for j in range(0, x.shape[-1], tile[1]):
+                here = *place, slice(i, i + tile[0]), slice(j, j + tile[1])
+                part = x[here].astype(np.float64)
+                scale = 2.0 ** np.ceil(np.log2(np.abs(part).max() / 448))
+                eight = torch.tensor(part / scale).float().to(torch.float8_e4m3fn)
+                out[here] = scale * eight.double().numpy()
+    return out
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=1),
+    sizes=st.tuples(st.integers(1, 23), st.integers(1, 23)),
+    tile=st.tuples(st.sampled_from([1, 5, 8]), st.sampled_from([1, 7, 8])),
+)
+def test_rounds_each_tile_as_torch_does(lead, sizes, tile):
+    x = spread(np.random.default_rng(sum(sizes)), *lead, *sizes)
+    values, scales = float8.quantize(jnp.asarray(x), tile)
+    assert values.dtype == jnp.float8_e4m3fn and values.shape == x.shape
+    found = float8.dequantize(values, scales, tile)
+    np.testing.assert_array_equal(found, rounded(x, tile))
+    low = float8.dequantize(values, scales, tile, jnp.bfloat16)
+    np.testing.assert_array_equal(low.astype(jnp.float32), found)
+
+
+def test_blocks_of_a_kernel_equal_transformers_with_scales_of_one_exponent():
+    kernel = spread(np.random.default_rng(0), 2, 24, 40)
+    settings_ = types.SimpleNamespace(weight_block_size=(8, 8), scale_fmt="ue8m0")
+    quantizer = types.SimpleNamespace(quantization_config=settings_)
+    theirs = Fp8Quantize(quantizer).convert({"w": torch.tensor(kernel)})
+    values, scales = float8.quantize(jnp.asarray(kernel), (8, 8))
+    np.testing.assert_array_equal(scales, theirs["w_scale_inv"].float())
+    np.testing.assert_array_equal(values.astype(jnp.float32), theirs["w"].float())
+    back = Fp8Dequantize(quantizer)._dequantize_one(theirs["w"], theirs["w_scale_inv"].float())
+    np.testing.assert_array_equal(float8.dequantize(values, scales, (8, 8)), back)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-35, 448.0, 449.0, 3e38])
+def test_tiles_at_the_ends_of_the_range(size):
+    x = jnp.full((3, 5), size, jnp.float32)
+    values, scales = float8.quantize(x, (3, 5))
+    found = float8.dequantize(values, scales, (3, 5))
+    np.testing.assert_allclose(found, x, rtol=2**-4, atol=2.0**-108)
+    assert np.log2(scales) % 1 == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so_and_stays_in_its_tile(bad):
+    x = jnp.ones((2, 6)).at[1, 4].set(bad)
+    found = float8.dequantize(*float8.quantize(x, (1, 3)), (1, 3))
+    assert np.isnan(found[1, 3:]).all()
+    np.testing.assert_array_equal(found[0], 1)
+    np.testing.assert_array_equal(found[1, :3], 1)
+
+
+def operands(*sizes):
+    rng = np.random.default_rng(1)
+    return [spread(rng, *shape) for shape in sizes]
+
+
+def defined(x, kernel, cotangent, groups):
+    """Output and gradients in float64; rows of group e meet kernel e."""
+    once, weights = rounded(x, (1, 128)), rounded(kernel, (128, 128))
+    turned, by_width = rounded(once, (128, 1)), rounded(cotangent, (1, 128))
+    by_token = rounded(cotangent, (128, 1))
+    out, dx = np.zeros_like(cotangent, np.float64), np.zeros_like(once)
+    dkernel = np.zeros_like(weights)
+    for e, rows in enumerate(np.split(np.arange(len(x)), np.cumsum(groups)[:-1])):
+        out[rows] = once[rows] @ weights[e]
+        dx[rows] = by_width[rows] @ weights[e].T
+        dkernel[e] = turned[rows].T @ by_token[rows]
+    return out, dx, dkernel
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_product_and_both_gradients_equal_the_definition():
+    x, kernel, cotangent = operands((TOKENS, WIDTH), (WIDTH, OUT), (TOKENS, OUT))
+    out, dx, dkernel = defined(x, kernel[None], cotangent, [TOKENS])
+    found, pull = jax.vjp(
+        lambda *a: float8.float8_product(jnp.matmul, *a), jnp.asarray(x), jnp.asarray(kernel)
+    )
+    grads = pull(jnp.asarray(cotangent))
+    for ours, expected in zip((found, *grads), (out, dx, dkernel[0]), strict=True):
+        close(ours, expected)
+
+
+def test_grouped_product_and_both_gradients_equal_the_definition():
+    shapes = (TOKENS, WIDTH), (EXPERTS, WIDTH, OUT), (TOKENS, OUT)
+    x, kernel, cotangent = operands(*shapes)
+    groups = [70, 0, 79]
+
+    @jax.jit
+    def both(x, kernel, cotangent, groups):
+        # In a checkpoint the sizes of groups are of another trace in the backward pass.
+        product = jax.checkpoint(lambda *a: float8.float8_product(lax.ragged_dot, *a, groups))
+        found, pull = jax.vjp(product, x, kernel)
+        return found, *pull(cotangent)
+
+    expected = defined(x, kernel, cotangent, groups)
+    for ours, theirs in zip(both(x, kernel, cotangent, jnp.array(groups)), expected, strict=True):
+        close(ours, theirs)
+
+
+def test_the_backward_pass_keeps_a_byte_for_each_activation():
+    x, kernel = jnp.ones((256, 512), jnp.bfloat16), jnp.ones((512, 128), jnp.bfloat16)
+    pull = jax.eval_shape(
+        lambda *a: jax.vjp(lambda *b: float8.float8_product(jnp.matmul, *b), *a)[1], x, kernel
+    )
+    kept = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(pull))
+    assert kept == x.size + 4 * x.size // 128 + 2 * kernel.size
+
+
+def test_layers_round_where_eight_bits_are_asked_for_and_only_in_bfloat16():
+    x, kernel = (jnp.asarray(a) for a in operands((2, 7, WIDTH), (WIDTH, OUT)))
+    low = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    plain, high = linear(*low), linear(x, kernel)
+    with pytest.raises(ZeroDivisionError), float8.float8_products():
+        np.testing.assert_array_equal(linear(x, kernel), high)
+        eight = linear(*low)
+        1 / 0  # noqa: B018
+    rows = np.asarray(low[0].astype(jnp.float32)).reshape(14, -1)
+    exact = rounded(rows, (1, 128)) @ rounded(np.asarray(low[1].astype(jnp.float32)), (128, 128))
+    close_to = 2**-8 * np.abs(exact).max()
+    np.testing.assert_allclose(eight.astype(jnp.float32).reshape(14, -1), exact, atol=close_to)
+    assert np.abs(exact - plain.astype(jnp.float32).reshape(14, -1)).max() > 4 * close_to
+    np.testing.assert_array_equal(linear(*low), plain)
+
+
+def mixture(kind):
+    """Outputs of experts, and of how many the three products have eight bits."""
+    rng = np.random.default_rng(2)
+    tokens, weights = spread(rng, 11, 6), np.full((11, 1), 1.0, np.float32)
+    matrices = [spread(rng, EXPERTS, 6, 5), spread(rng, EXPERTS, 6, 5), spread(rng, EXPERTS, 5, 6)]
+    arrays = [jnp.asarray(a, jnp.bfloat16) for a in (tokens, weights, *matrices)]
+    if kind == "dropless":
+        choices = jnp.asarray(rng.integers(EXPERTS, size=(11, 1)))
+        return lambda x, w, *m: dropless_experts(x, w, choices, *m), arrays
+    places = jnp.arange(9).reshape(EXPERTS, 3)
+    return lambda x, w, *m: capacity_experts(x, w[places, 0], places, *m), arrays
+
+
+@pytest.mark.parametrize("kind", ["dropless", "capacity"])
+def test_experts_multiply_eight_bits_three_times(kind):
+    experts, arrays = mixture(kind)
+    plain = experts(*arrays).astype(jnp.float32)
+    with float8.float8_products():
+        found = str(jax.make_jaxpr(experts)(*arrays))
+        eight = experts(*arrays).astype(jnp.float32)
+    assert found.count("name=float8_product") == 3
+    error = np.linalg.norm(eight - plain) / np.linalg.norm(plain)
+    assert 1e-3 < error < 0.15
