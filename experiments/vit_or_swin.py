@@ -11,7 +11,7 @@ Measured  A ViT with patches of 8 x 8, a Swin and a ResNet whose numbers of
           the traced program. Exponents of both in the number of pixels are fitted
           over the larger half of the sizes. ViT's also has the linear cost of its
           matrices, so that its exponent nears 2 only as attention outgrows them.
-Run       python experiments/vit_or_swin.py            (about 5 min on 2 CPU cores)
+Run       python experiments/vit_or_swin.py            (about 10 min on 2 CPU cores)
           python experiments/vit_or_swin.py --help
 """
 
@@ -55,11 +55,11 @@ class Config:
     """Side of the scenes that are learnt from."""
     scale: tuple[float, float] = (2.0, 6.0)
     """Smallest and largest digit, in units of 8 x 8 pixels."""
-    steps: int = 400
+    steps: int = 1500
     """Of training; with 0, only costs are measured."""
     batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup: int = 50
+    learning_rate: float = 1e-3
+    warmup: int = 100
     weight_decay: float = 0.05
     train_scenes: int = 20_000
     test_scenes: int = 2_000
