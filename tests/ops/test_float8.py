@@ -2,6 +2,7 @@
 
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
+from jaxmodels import training
+from jaxmodels.layers.experts import MixtureOfExperts
 from jaxmodels.ops import float8
 from jaxmodels.ops.experts import capacity_experts, dropless_experts
 from jaxmodels.ops.linear import linear
@@ -183,3 +187,47 @@ def test_experts_multiply_eight_bits_three_times(kind):
     assert found.count("name=float8_product") == 3
     error = np.linalg.norm(eight - plain) / np.linalg.norm(plain)
     assert 1e-3 < error < 0.15
+
+
+def test_split_over_devices_it_is_what_one_device_computes():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    arrays = operands((512, 160), (160, 256), (512, 256))
+
+    @jax.jit
+    def both(x, kernel, cotangent):
+        found, pull = jax.vjp(lambda *a: float8.float8_product(jnp.matmul, *a), x, kernel)
+        return found, *pull(cotangent)
+
+    expected = both(*map(jnp.asarray, arrays))
+    specs = PartitionSpec("data"), PartitionSpec(None, "tensor"), PartitionSpec("data", "tensor")
+    parts = [
+        jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)
+    ]
+    for found, wanted in zip(both(*parts), expected, strict=True):
+        assert len(found.sharding.device_set) == 8
+        close(found, wanted)
+
+
+def test_tokens_that_travel_to_experts_are_rounded_as_those_that_stay():
+    """Tokens of a tile are others there, so that gradients of matrices differ a little."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(spread(rng, 8, 6, WIDTH), jnp.bfloat16)
+    layer = MixtureOfExperts(num_experts=4, top_k=2, hidden_width=17, dtype=jnp.bfloat16)
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+
+    def gradients(params, x):
+        def loss(params):
+            return jnp.mean(layer.apply({"params": params}, x).astype(jnp.float32) ** 2)
+
+        with float8.float8_products():
+            return jax.value_and_grad(loss)(params)
+
+    loss, alone = jax.jit(gradients)(params, x)
+    with jax.set_mesh(training.make_mesh("data=2,expert=4")):
+        traced = jax.jit(lambda *a: gradients(*a))
+        assert "all_to_all" in str(traced.trace(params, x).jaxpr)
+        same, together = traced(params, x)
+    np.testing.assert_allclose(same, loss, rtol=1e-3)
+    chex.assert_trees_all_close(
+        together, alone, atol=0.05 * max(float(jnp.abs(a).max()) for a in jax.tree.leaves(alone))
+    )
