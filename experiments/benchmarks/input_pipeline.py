@@ -46,6 +46,7 @@ class Config:
     batches: int = 40
     """Timed in a turn."""
     workers: int = 2
+    """Of the pipeline, and processes of Pillow; 0 is two threads that read ahead, against two."""
     rounds: int = 7
 
 
@@ -54,7 +55,8 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_pictures(config, Path(folder))
         alone(config, Path(folder), files)
-        with multiprocessing.get_context("spawn").Pool(config.workers, cpu.tune) as pool:
+        processes = config.workers or 2
+        with multiprocessing.get_context("spawn").Pool(processes, cpu.tune) as pool:
             stream = open_stream(config, Path(folder))
             decode_all(config, pool, files)
             rates, costs = [], []
@@ -68,7 +70,8 @@ def main(config: Config) -> None:
                     flush=True,
                 )
             stream.close()
-    print(f"{config.workers} workers, {config.image_size} x {config.image_size}, of Pillow:")
+    readers = f"{config.workers} workers" if config.workers else "2 threads"
+    print(f"{readers}, {config.image_size} x {config.image_size}, of Pillow:")
     for name, ratios in (("pictures a second", rates), ("pictures a processor second", costs)):
         middle = statistics.median(ratios)
         print(f"  {name}: {middle:.1%} ({min(ratios):.1%} to {max(ratios):.1%})")
@@ -117,7 +120,7 @@ def read_all(config: Config, stream: Iterator) -> tuple[float, float]:
 def decode_all(config: Config, pool, files: list[str]) -> tuple[float, float]:
     """The same by Pillow in the processes of a pool."""
     wanted = list(itertools.islice(itertools.cycle(files), config.batches * config.batch_size))
-    chunk = -(-len(wanted) // (16 * config.workers))
+    chunk = -(-len(wanted) // 32)
     parts = [wanted[start : start + chunk] for start in range(0, len(wanted), chunk)]
     return timed(len(wanted), lambda: pool.map(decode, parts, chunksize=1))
 
