@@ -11,7 +11,7 @@ Measured  A ViT with patches of 8 x 8, a Swin and a ResNet whose numbers of
           the traced program. Exponents of both in the number of pixels are fitted
           over the larger half of the sizes. ViT's also has the linear cost of its
           matrices, so that its exponent nears 2 only as attention outgrows them.
-Run       python experiments/vit_or_swin.py            (about 10 min on 2 CPU cores)
+Run       python experiments/vit_or_swin.py            (about 13 min on 2 CPU cores)
           python experiments/vit_or_swin.py --help
 """
 

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmodels.ops.depthwise import depthwise_convolution
+from jaxmodels.ops.float8 import float8_products
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.platform import platform
 from jaxmodels.ops.windows import Padding, Pair, padding_pairs, pair, window_counts
@@ -74,7 +75,8 @@ def convolution(
         return _plain(x, kernel, strides, sides, dilations, groups)
     if kernel.shape[:2] == (1, 1):
         padded = jnp.pad(x, ((0, 0), *sides, (0, 0)))
-        return linear(padded[:, :: strides[0], :: strides[1]], kernel[0, 0])
+        with float8_products(False):  # as other convolutions
+            return linear(padded[:, :: strides[0], :: strides[1]], kernel[0, 0])
     return _on_cpu(x, kernel, strides, sides, dilations)
 
 

@@ -46,7 +46,8 @@ def dropless_experts(
       An array of x's shape and dtype.
 
     Raises:
-      ValueError: shapes disagree, or an unknown implementation.
+      ValueError: shapes disagree, an unknown implementation, or "blocked" where products
+        of eight bits are asked for.
 
     Source: Gale et al. 2022, "MegaBlocks", section 4 (arXiv:2211.15841); SwiGLU
     experts from Jiang et al. 2024, equation 1 (arXiv:2401.04088).
@@ -171,5 +172,10 @@ def _swiglu(implementation: str, rows: Array, gate: Array) -> Callable[..., Any]
         raise ValueError(
             f'dropless_experts: implementation={implementation!r} is none of "auto", "ragged", '
             f'"blocked"'
+        )
+    if implementation == "blocked" and float8.wanted(rows, gate):
+        raise ValueError(
+            'dropless_experts: implementation="blocked" has no products of eight bits, which this '
+            'trace asks for; use "ragged" or "auto"'
         )
     return known[implementation]

@@ -9,10 +9,8 @@ Whether a product is one of eight bits is asked for around a computation, as a m
 by `training.make_step(precision="float8")`: a model knows nothing of it.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,26 +23,17 @@ _LARGEST = float(jnp.finfo(_DTYPE).max)
 # Smaller elements are zero next to it, and its inverse is finite.
 _SMALLEST_SCALE = 2.0**-100
 
-_asked_for = contextvars.ContextVar("float8_products", default=False)
-
-
-@contextlib.contextmanager
-def float8_products() -> Iterator[None]:
-    """Within it, traced products of bfloat16 activations and weights are of eight bits.
-
-    Layers that compute in float32 are left as they are. JAX does not know of it: what was
-    jitted and traced before stays as it was traced.
-    """
-    token = _asked_for.set(True)
-    try:
-        yield
-    finally:
-        _asked_for.reset(token)
+# `with float8_products(True):` asks for it. JAX knows of it, so that what was jitted before
+# is traced again.
+float8_products = jax.make_user_context(default_value=False)
 
 
 def wanted(x: Array, kernel: Array) -> bool:
-    """Whether the trace asks for eight bits in the product of these two."""
-    return _asked_for.get() and x.dtype == kernel.dtype == jnp.bfloat16
+    """Whether the trace asks for eight bits in the product of these two.
+
+    Layers that compute in float32 are left as they are.
+    """
+    return float8_products.value and x.dtype == kernel.dtype == jnp.bfloat16
 
 
 def product(multiply: Callable[..., Array], x: Array, kernel: Array, *extra: Any) -> Array:
@@ -91,7 +80,7 @@ def dequantize(
 
     Args:
       values, scales, tile: as `quantize` has them.
-      dtype: of the result, in which float32 and bfloat16 hold it exactly.
+      dtype: of the result, in which float32 and bfloat16 hold it exactly below 2^127.
 
     Returns:
       An array of the shape of values.
@@ -131,10 +120,11 @@ def float8_product(
     dkernel = transposed(q'(q(x)), q'(dout))
 
     q rounds activations in tiles of 1 x 128 and kernels in tiles of 128 x 128; q' in tiles
-    of 128 x 1, as the gradient of the kernel sums over tokens. For the backward pass x is
-    kept as eight bits. The products themselves are computed in x's dtype, in which each
-    operand is exact: memory is gained on any device, and time where a compiler turns the
-    product of scaled float8 numbers into one of the hardware's.
+    of 128 x 1, as the gradient of the kernel sums over tokens. For the backward pass each
+    product keeps its x as eight bits. The products themselves are computed in x's dtype, in
+    which each operand is exact: memory is gained on any device, and time where a compiler
+    turns the product of scaled float8 numbers into one of the hardware's. Has no forward
+    mode.
 
     Args:
       multiply: `(x, kernel, *extra) -> out`, linear in x and in kernel, with the sum over
@@ -147,7 +137,9 @@ def float8_product(
       What `multiply` gives.
 
     Source: DeepSeek-AI 2024, "DeepSeek-V3", sections 3.3.1 to 3.3.3, figures 6 and 7
-    (arXiv:2412.19437).
+    (arXiv:2412.19437). There only what is cut into other tiles has powers of two as scales,
+    the input of the product after attention has more bits, and tokens travel to experts and
+    moments are kept in fewer than float32, too.
     """
     return _forward(multiply, x, kernel, *extra)[0]
 

@@ -58,7 +58,7 @@ def scales_loss(precision: str) -> bool:
 
 def products(precision: str) -> contextlib.AbstractContextManager[None]:
     """What a policy wants of the matrix products that are traced within it."""
-    return float8_products() if precision == "float8" else contextlib.nullcontext()
+    return float8_products(precision == "float8")
 
 
 def cast_floating(tree: Any, dtype: Any, keep: frozenset[str] = frozenset()) -> Any:

@@ -28,21 +28,14 @@ class Float8Tensor:
 
     Args:
       path: of a safetensors file that was found whole.
-      name: of the tensor in it.
+      start: of its data in the file, in bytes.
+      dtype: by its name in the file.
+      shape: of the tensor.
     """
 
-    def __init__(self, path: Path, name: str):
-        self._path = path
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))[name]
-        self._start = 8 + length + header["data_offsets"][0]
-        self._dtype, self._shape = np.dtype(_DTYPES[header["dtype"]]), header["shape"]
-
-    @staticmethod
-    def reads(dtype: str) -> bool:
-        """Whether a dtype, by its name in the file, is one of eight bits."""
-        return dtype in _DTYPES
+    def __init__(self, path: Path, start: int, dtype: str, shape: list[int]):
+        self._path, self._start = path, start
+        self._dtype, self._shape = np.dtype(_DTYPES[dtype]), shape
 
     def get_shape(self) -> list[int]:
         """Sizes of the axes."""
@@ -52,6 +45,19 @@ class Float8Tensor:
         count = int(np.prod(self._shape))
         whole = np.fromfile(self._path, self._dtype, count, offset=self._start)
         return whole.reshape(self._shape)[index].astype(np.float32)
+
+
+def float8_tensors(path: Path) -> dict[str, Float8Tensor]:
+    """The tensors of eight bits in a safetensors file that was found whole, by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Float8Tensor(path, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
+        for name, entry in header.items()
+        if (dtype := entry["dtype"]) in _DTYPES
+    }
 
 
 class _Scaled:
@@ -64,12 +70,16 @@ class _Scaled:
         return self._values.get_shape()
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        values, scales = (np.asarray(a[...], np.float32) for a in (self._values, self._scales))
-        if scales.size > 1:
-            rows, columns = values.shape[-2:]
-            scales = np.repeat(scales, self._block[0], axis=-2)[..., :rows, :]
-            scales = np.repeat(scales, self._block[1], axis=-1)[..., :columns]
-        return (values * scales)[index]
+        values, scales = (np.array(a[...], np.float32) for a in (self._values, self._scales))
+        if scales.size == 1:
+            values *= scales.reshape(())
+            return values[index]
+        # A row of blocks at a time: the whole may have half a gigabyte, and the scales as much.
+        rows, columns = self._block
+        for i in range(scales.shape[-2]):
+            row = np.repeat(scales[..., i : i + 1, :], columns, axis=-1)
+            values[..., i * rows : (i + 1) * rows, :] *= row[..., : values.shape[-1]]
+        return values[index]
 
 
 def with_scales(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,24 +93,21 @@ def with_scales(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
       All tensors but the scales.
 
     Raises:
-      ValueError: the weights are quantised in another way, or scales are not one for each
-        block.
+      ValueError: the weights are quantised in another way, scales are missing or are not one
+        for each block, or config.json makes no sense.
     """
-    quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method", "fp8")
-    if method != "fp8":
-        raise ValueError(
-            f"load_pretrained: the weights are quantised by quant_method={method!r}; only 'fp8' "
-            f"with scales of blocks is read, or weights that are not quantised"
-        )
-    block = tuple(quantization.get("weight_block_size") or (128, 128))
+    quantised, block = _read_config(config.get("quantization_config"))
     scales = {name for name in tensors if name.endswith(_SCALE) and name[: -len(_SCALE)] in tensors}
     found, faults = {}, []
-    for name in tensors.keys() - scales:
-        found[name] = tensors[name]
+    for name, tensor in tensors.items():
+        if name in scales:
+            continue
+        found[name] = tensor
         if name + _SCALE in scales:
-            found[name] = _Scaled(tensors[name], tensors[name + _SCALE], block)
-            faults += _misfits(name, tensors[name], tensors[name + _SCALE], block)
+            found[name] = _Scaled(tensor, tensors[name + _SCALE], block)
+            faults += _misfits(name, tensor, tensors[name + _SCALE], block)
+        elif quantised and isinstance(tensor, Float8Tensor):
+            faults.append(f"{name} has eight bits, but there is no {name}{_SCALE}")
     if faults:
         raise ValueError(
             f"load_pretrained: scales are not one for each block of {block}, the "
@@ -109,10 +116,32 @@ def with_scales(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     return found
 
 
+def _read_config(entry: Any) -> tuple[bool, tuple[int, int]]:
+    """Whether weights are quantised, and the size of the blocks."""
+    if entry is None:
+        return False, (128, 128)
+    if not isinstance(entry, Mapping) or (method := entry.get("quant_method")) != "fp8":
+        method = method if isinstance(entry, Mapping) else entry
+        raise ValueError(
+            f"load_pretrained: the weights are quantised by quant_method={method!r}; only 'fp8' "
+            f"with scales of blocks is read, or weights that are not quantised"
+        )
+    block = entry.get("weight_block_size") or [128, 128]
+    sizes = block if isinstance(block, list | tuple) else [block]
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"load_pretrained: weight_block_size={block!r} of config.json is not two positive "
+            f"numbers"
+        )
+    return True, tuple(sizes)
+
+
 def _misfits(name: str, values: Any, scales: Any, block: tuple[int, int]) -> list[str]:
     shape, grid = tuple(values.get_shape()), tuple(scales.get_shape())
-    if np.prod(grid, dtype=int) == 1:
+    if grid in ((), (1,)):
         return []
-    blocks = (-(-size // part) for size, part in zip(shape[-2:], block, strict=True))
+    blocks = [-(-size // part) for size, part in zip(shape[-2:], block, strict=len(shape) > 1)]
     expected = (*shape[:-2], *blocks)
-    return [] if grid == expected else [f"{name}{_SCALE} {grid}, expected {expected} for {shape}"]
+    if len(shape) > 1 and grid == expected:
+        return []
+    return [f"{name}{_SCALE} {grid}, expected {expected} for {shape}"]

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxmodels.weights.float8 import Float8Tensor
+from jaxmodels.weights.float8 import float8_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -113,10 +113,8 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
                     f"load_pretrained: {path} is not a whole safetensors file: {error}; "
                     f"download or save it again"
                 ) from error
-            for name in handle.offset_keys():
-                tensor = handle.get_slice(name)
-                eight = Float8Tensor.reads(tensor.get_dtype())
-                tensors[name] = Float8Tensor(path, name) if eight else tensor
+            tensors.update((name, handle.get_slice(name)) for name in handle.offset_keys())
+            tensors |= float8_tensors(path)
         yield tensors
 
 

@@ -1,10 +1,11 @@
 """Folders in eight bits: as `transformers` quantises weights, and by hand in torch."""
 
 import json
+import re
+import shutil
 import types
 
 import chex
-import jax
 import numpy as np
 import pytest
 import torch
@@ -13,12 +14,16 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from weights.test_language_weights import make
 
 import jaxmodels
+from jaxmodels.weights.float8 import with_scales
+from jaxmodels.weights.folder import open_tensors
 
-BLOCK = (8, 8)
+BLOCK = (7, 5)
+# Theirs takes whole blocks alone.
+WHOLE = (8, 8)
 
 
 def quantizer(scale_fmt=None):
-    config = types.SimpleNamespace(weight_block_size=BLOCK, scale_fmt=scale_fmt)
+    config = types.SimpleNamespace(weight_block_size=WHOLE, scale_fmt=scale_fmt)
     return types.SimpleNamespace(quantization_config=config)
 
 
@@ -76,6 +81,7 @@ def set_config(folder, **entries):
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": BLOCK}
+FP8_WHOLE = {**FP8, "weight_block_size": WHOLE}
 
 
 def whole_blocks(tensors):
@@ -86,9 +92,9 @@ def whole_blocks(tensors):
     ("name", "quantize", "names", "config"),
     [
         ("deepseek_v3", by_hand, layers, FP8),
-        ("qwen3", by_transformers(None, torch.float32), whole_blocks, FP8),
-        ("qwen3", by_transformers(None, torch.bfloat16), whole_blocks, FP8),
-        ("qwen3", by_transformers("ue8m0", torch.float8_e8m0fnu), whole_blocks, FP8),
+        ("qwen3", by_transformers(None, torch.float32), whole_blocks, FP8_WHOLE),
+        ("qwen3", by_transformers(None, torch.bfloat16), whole_blocks, FP8_WHOLE),
+        ("qwen3", by_transformers("ue8m0", torch.float8_e8m0fnu), whole_blocks, FP8_WHOLE),
         ("llama", by_one_scale(torch.float8_e5m2), layers, {"quant_method": "fp8"}),
     ],
 )
@@ -107,25 +113,89 @@ def test_reads_what_the_eight_bits_stand_for(tmp_path, name, quantize, names, co
     assert any(not torch.equal(meant[key], whole[key]) for key in meant.keys() & whole.keys())
 
 
+def written(path, **tensors):
+    save_file(tensors, path / "model.safetensors")
+    return open_tensors(path)
+
+
 def test_blocks_are_of_128_where_nothing_is_said(tmp_path):
-    make("llama").save_pretrained(tmp_path)
-    _, before = jaxmodels.load_pretrained(tmp_path)
-    rewritten(tmp_path, lambda weight: (weight, torch.full((1, 1), 2.0), None))
-    _, after = jaxmodels.load_pretrained(tmp_path)
-    first, second = (v["params"]["block_0"]["mlp"] for v in (before, after))
-    chex.assert_trees_all_equal(jax.tree.map(lambda a: 2 * a, first), second)
+    values = torch.ones(130, 257).to(torch.float8_e4m3fn)
+    scales = torch.arange(1.0, 7.0).reshape(2, 3)
+    with written(tmp_path, w=values, w_scale_inv=scales) as tensors:
+        found = with_scales(tensors, {})
+        assert found.keys() == {"w"} and found["w"].get_shape() == [130, 257]
+        meant = np.kron(scales, np.ones((128, 128), np.float32))[:130, :257]
+        np.testing.assert_array_equal(found["w"][:], meant)
+        np.testing.assert_array_equal(found["w"][129:, 3], meant[129:, 3])
 
 
-def test_other_ways_to_quantise_and_scales_that_do_not_fit_are_named(tmp_path):
+def test_a_cast_without_scales_is_what_it_says(tmp_path):
+    values = torch.tensor([1.5, -2.0]).to(torch.float8_e5m2)
+    with written(tmp_path, w=values) as tensors:
+        np.testing.assert_array_equal(with_scales(tensors, {})["w"][:], [1.5, -2.0])
+
+
+def test_a_scale_may_lie_in_another_shard(tmp_path):
+    make("llama").save_pretrained(tmp_path / "whole")
+    rewritten(tmp_path / "whole", by_hand)
+    set_config(tmp_path / "whole", quantization_config=FP8)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    place = {name: f"{name.endswith('scale_inv')}.safetensors" for name in tensors}
+    for file in {*place.values()}:
+        part = {name: tensors[name] for name in tensors if place[name] == file}
+        save_file(part, tmp_path / "parts" / file)
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": place}))
+    trees = [jaxmodels.load_pretrained(tmp_path / name)[1] for name in ("whole", "parts")]
+    chex.assert_trees_all_equal(*trees)
+
+
+SIZE, NAME = "weight_block_size", "down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {**FP8, SIZE: (9, 5)},
+            rf"of \(9, 5\).*\n(.*\n)*.*{NAME}_scale_inv \(4, 9\), expected \(3, 9\)",
+        ),
+        ({**FP8, SIZE: 128}, "weight_block_size=128 of config.json is not two positive numbers"),
+        ({**FP8, SIZE: [7]}, r"weight_block_size=\[7\] of config.json is not two positive"),
+        ({**FP8, SIZE: [0, 7]}, r"weight_block_size=\[0, 7\] of config.json is not two positive"),
+        ({"quant_method": "gptq"}, "quant_method='gptq'; only 'fp8'"),
+        ({"bits": 4}, "quant_method=None; only 'fp8'"),
+        ([8], r"quant_method=\[8\]; only 'fp8'"),
+    ],
+)
+def test_other_ways_to_quantise_and_scales_that_do_not_fit_are_named(tmp_path, config, message):
     make("llama").save_pretrained(tmp_path)
     rewritten(tmp_path, by_hand)
-    set_config(tmp_path, quantization_config={**FP8, "weight_block_size": (7, 8)})
-    with pytest.raises(
-        ValueError, match=r"block of \(7, 8\).*\n.*down_proj.weight_scale_inv \(3, 6\)"
-    ):
+    set_config(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match=message):
         jaxmodels.load_pretrained(tmp_path)
-    set_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ValueError, match="quant_method='gptq'; only 'fp8'"):
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2,), (1, 1)])
+def test_scales_of_another_shape_are_named(tmp_path, shape):
+    make("llama").save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda weight: (weight, torch.ones(shape), None))
+    set_config(tmp_path, quantization_config=FP8)
+    with pytest.raises(ValueError, match=rf"{NAME}_scale_inv {re.escape(str(shape))}, expected"):
+        jaxmodels.load_pretrained(tmp_path)
+
+
+def test_eight_bits_whose_scale_is_lost_are_named(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    rewritten(tmp_path, by_hand)
+    set_config(tmp_path, quantization_config=FP8)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith("_scale_inv"))
+    save_file({name: t for name, t in tensors.items() if name != lost}, path)
+    with pytest.raises(ValueError, match=f"has eight bits, but there is no {lost}"):
         jaxmodels.load_pretrained(tmp_path)
 
 
