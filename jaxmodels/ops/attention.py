@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmodels.ops import attention_short
 from jaxmodels.ops.attention_blocked import blocked_attention
 from jaxmodels.ops.attention_fused import KERNELS
 from jaxmodels.ops.attention_mesh import attend_on_mesh
@@ -28,7 +29,7 @@ def dot_product_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
-    implementation: Literal["auto", "naive", "blocked", "fused"] = "auto",
+    implementation: Literal["auto", "naive", "blocked", "short", "fused"] = "auto",
 ) -> Float[Array, "*B T H V"]:
     """Mixes values by how well each query matches their keys.
 
@@ -41,7 +42,7 @@ def dot_product_attention(
     returns zeros. The softmax is computed in float32 or wider.
 
     Time is O(T S); memory is O(T + S) for "blocked" and "fused" and O(T S) for
-    "naive". Key and value heads are shared by H / G query heads each, without
+    "naive" and "short". Key and value heads are shared by H / G query heads each, without
     being copied. Traced for a mesh (`ops.mesh_axes`), "auto" leaves examples and heads
     on their devices, and goes round a ring where the sequence is split.
 
@@ -60,9 +61,10 @@ def dot_product_attention(
       sinks: a logit a head that takes part in the softmax without a value
         (attention sinks as in gpt-oss).
       implementation: "naive" has all logits in memory; "blocked" is for CPU and
-        for long sequences anywhere; "fused" is the kernel of the platform (cuDNN
-        on CUDA, splash attention on TPU); "auto" is blocked on CPU, else fused
-        where the kernel supports the call, else naive.
+        for long sequences anywhere; "short" for few logits of which none is hidden
+        or changed, on CPU; "fused" is the kernel of the platform (cuDNN on CUDA,
+        splash attention on TPU); "auto" is short on CPU where that suits and else
+        blocked, on others fused where the kernel supports the call, else naive.
 
     Returns:
       The mixed values, in v's dtype.
@@ -170,10 +172,18 @@ def _platform() -> str:
 def _choose(implementation: str, where: str, arguments, options):
     if implementation == "naive":
         return naive_attention
-    if implementation == "blocked" or (implementation == "auto" and where == "cpu"):
+    on_cpu = implementation == "auto" and where == "cpu"
+    if implementation == "short" or on_cpu:
+        refusal = attention_short.refusal(*arguments, **options)
+        if refusal is None:
+            return attention_short.short_attention
+        if not on_cpu:
+            _fail(f'implementation="short": {refusal}; use "auto", "blocked" or "naive"')
+    if implementation == "blocked" or on_cpu:
         return blocked_attention
     if implementation not in ("auto", "fused"):
-        _fail(f'implementation={implementation!r} is none of "auto", "naive", "blocked", "fused"')
+        known = '"auto", "naive", "blocked", "short", "fused"'
+        _fail(f"implementation={implementation!r} is none of {known}")
     kernel = KERNELS.get(where)
     if kernel is None:
         refusal = f"{where} has no fused kernel"

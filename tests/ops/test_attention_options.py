@@ -73,13 +73,41 @@ def recent_gpu(monkeypatch):
 
 @pytest.mark.usefixtures("recent_gpu")
 def test_auto_takes_the_kernel_of_the_platform():
-    assert choice("cpu") == "blocked_attention"
+    assert choice("cpu") == "short_attention"
     assert choice("cuda") == choice("cuda", "fused") == "_cudnn_attention"
     assert choice("tpu") == choice("tpu", "fused") == "_splash_attention"
     assert choice("rocm") == "naive_attention"
     for platform in ("cpu", "cuda", "tpu"):
         assert choice(platform, "naive") == "naive_attention"
         assert choice(platform, "blocked") == "blocked_attention"
+
+
+def some(queries, keys, kv_heads=2):
+    """Two images of six heads."""
+    return qkv(batch=2, heads=6, kv_heads=kv_heads, queries=queries, keys=keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"arrays": some(593, 590)}, "4198440 logits are more than the 4194304"),
+        ({"window": (None, 0)}, "no kernel with window"),
+        ({"window": (5, None), "softcap": 2.0}, "no kernel with softcap, window"),
+        ({"sinks": jnp.ones(6)}, "no kernel with sinks"),
+        ({"mask": jnp.ones((1, 1, 1, 256), bool)}, "no kernel with mask"),
+        ({"bias": jnp.ones((1, 1, 256, 256))}, "no kernel with bias"),
+        ({"segment_ids": (jnp.ones((3, 256), int),) * 2}, "no kernel with segment_ids"),
+    ],
+)
+def test_what_is_not_short_and_plain_goes_in_blocks_or_is_named(options, reason):
+    assert choice("cpu", **options) == "blocked_attention"
+    with pytest.raises(ValueError, match=rf'"short": .*{reason}.*; use "auto"'):
+        choice("cpu", "short", **options)
+
+
+def test_the_last_that_is_short():
+    assert choice("cpu", arrays=some(592, 590)) == "short_attention"
+    assert choice("cpu", arrays=some(592, 590, kv_heads=1)) == "short_attention"
 
 
 ODD = qkv(width=64, value_width=64, queries=255, keys=256, dtype="bfloat16")
