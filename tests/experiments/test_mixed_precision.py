@@ -118,7 +118,8 @@ def test_a_short_run_measures_every_policy(script, tmp_path):
     # It doubles after three finite steps of four.
     assert (measured["float16_last_scale"], measured["float16_unscaled_last_scale"]) == (2**16, 1)
     assert measured["float32_gradient_lost"] == 0
-    assert measured["float16_gradient_lost"] <= measured["float16_unscaled_gradient_lost"]
+    # The gradient of the keys' 8 biases is rounding error alone, some of which may cancel.
+    assert measured["float16_gradient_lost"] <= 8 / 1100
     assert json.loads(json.dumps(measured)) == measured
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
