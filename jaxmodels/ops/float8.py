@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-TILE = 128
+_TILE = 128
 _DTYPE = jnp.float8_e4m3fn
 _LARGEST = float(jnp.finfo(_DTYPE).max)
 # Smaller elements are zero next to it, and its inverse is finite.
@@ -144,7 +144,7 @@ def float8_product(
     return _forward(multiply, x, kernel, *extra)[0]
 
 
-_ACTIVATION, _KERNEL, _TOKENS = (1, TILE), (TILE, TILE), (TILE, 1)
+_ACTIVATION, _KERNEL, _TOKENS = (1, _TILE), (_TILE, _TILE), (_TILE, 1)
 
 
 def _rounded(x, tile, dtype):

@@ -148,14 +148,15 @@ def test_unknown_policies_and_platforms_are_named():
         require_policy("Net", "offload")
 
 
-def test_attention_is_not_run_again_where_products_are_kept():
+@pytest.mark.parametrize("implementation", ["blocked", "short"])
+def test_attention_is_not_run_again_where_products_are_kept(implementation):
     """Its exponentials are those of one forward and one backward pass; "blocks" has one more."""
     q = jnp.ones((1, 8, 2, 4))
 
     def exponentials(remat):
         def one(q, weight):
             h = jnp.sin(jnp.einsum("nthk,kl->nthl", q, weight))
-            return dot_product_attention(h, h, h, implementation="blocked"), None
+            return dot_product_attention(h, h, h, implementation=implementation), None
 
         def loss(q, weights):
             return jnp.sum(scan_blocks(one, q, weights, remat)[0] ** 2)
