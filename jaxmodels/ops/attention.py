@@ -61,10 +61,10 @@ def dot_product_attention(
       sinks: a logit a head that takes part in the softmax without a value
         (attention sinks as in gpt-oss).
       implementation: "naive" has all logits in memory; "blocked" is for CPU and
-        for long sequences anywhere; "short" for few logits of which none is hidden
-        or changed, on CPU; "fused" is the kernel of the platform (cuDNN on CUDA,
-        splash attention on TPU); "auto" is short on CPU where that suits and else
-        blocked, on others fused where the kernel supports the call, else naive.
+        for long sequences anywhere; "short" for few logits on CPU; "fused" is the
+        kernel of the platform (cuDNN on CUDA, splash attention on TPU); "auto" is, on
+        CPU, short up to 4 million logits in all and else blocked, on others fused
+        where the kernel supports the call, else naive.
 
     Returns:
       The mixed values, in v's dtype.
@@ -172,14 +172,11 @@ def _platform() -> str:
 def _choose(implementation: str, where: str, arguments, options):
     if implementation == "naive":
         return naive_attention
-    on_cpu = implementation == "auto" and where == "cpu"
-    if implementation == "short" or on_cpu:
-        refusal = attention_short.refusal(*arguments, **options)
-        if refusal is None:
-            return attention_short.short_attention
-        if not on_cpu:
-            _fail(f'implementation="short": {refusal}; use "auto", "blocked" or "naive"')
-    if implementation == "blocked" or on_cpu:
+    if implementation == "auto" and where == "cpu":
+        implementation = "short" if attention_short.suits(*arguments, **options) else "blocked"
+    if implementation == "short":
+        return attention_short.short_attention
+    if implementation == "blocked":
         return blocked_attention
     if implementation not in ("auto", "fused"):
         known = '"auto", "naive", "blocked", "short", "fused"'

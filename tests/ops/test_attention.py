@@ -18,18 +18,12 @@ from jaxmodels.ops import attention_blocked, attention_spans, dot_product_attent
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
-@pytest.fixture(params=["naive", "blocked"])
+@pytest.fixture(params=["naive", "blocked", "short"])
 def implementation(request):
     return request.param
 
 
-@pytest.fixture(params=["naive", "blocked", "short"])
-def plain(request):
-    """Also those that hide nothing."""
-    return request.param
-
-
-@pytest.fixture(params=["naive", "blocked", "small blocks"])
+@pytest.fixture(params=["naive", "blocked", "small blocks", "short"])
 def any_blocks(request, monkeypatch):
     """Small blocks: many spans, loops inside spans, and a ragged last block."""
     if request.param != "small blocks":
@@ -102,19 +96,21 @@ def named(q, k, v, **rest):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 6])
-def test_grouped_heads_match_torch(plain, kv_heads):
+def test_grouped_heads_match_torch(implementation, kv_heads):
     inputs = named(*qkv(keys=17, kv_heads=kv_heads))
-    compare(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), plain, inputs)
+    compare(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), implementation, inputs)
 
 
-def test_one_query_and_one_key(plain):
+def test_one_query_and_one_key(implementation):
     inputs = named(*qkv(queries=1, keys=1))
-    compare(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), plain, inputs)
+    compare(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), implementation, inputs)
 
 
-def test_scale_matches_torch(plain):
+def test_scale_matches_torch(implementation):
     inputs = named(*qkv())
-    compare(lambda q, k, v: sdpa(q, k, v, scale=0.3, enable_gqa=True), plain, inputs, scale=0.3)
+    compare(
+        lambda q, k, v: sdpa(q, k, v, scale=0.3, enable_gqa=True), implementation, inputs, scale=0.3
+    )
 
 
 @pytest.mark.parametrize("queries, keys", [(13, 13), (7, 19)])
@@ -295,36 +291,36 @@ def test_a_large_sink_takes_everything(implementation):
     assert np.abs(actual["out"][:, :, ~taken]).max() > 0.1
 
 
-def test_half_precision_logits_are_in_float32(plain):
+def test_half_precision_logits_are_in_float32(implementation):
     """Logits of about 30, which bfloat16 would round to eighths."""
     q, k, v = qkv()
     q, k = (jnp.asarray(4 * x, jnp.bfloat16) for x in (q, k))
-    out = dot_product_attention(q, k, jnp.asarray(v), implementation=plain)
+    out = dot_product_attention(q, k, jnp.asarray(v), implementation=implementation)
     q, k, v = (torch.tensor(np.asarray(x, np.float64)).transpose(1, 2) for x in (q, k, v))
     exact = sdpa(q, k, v, enable_gqa=True).transpose(1, 2)
     np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_accumulates_in_float32(plain, dtype):
+def test_half_precision_accumulates_in_float32(implementation, dtype):
     """4,099 equal weights: summed in bfloat16 they would stop growing at 256."""
     q, k = jnp.zeros((1, 1, 1, 5), dtype), jnp.zeros((1, 4099, 1, 5), dtype)
     v = jnp.ones((1, 4099, 1, 7), jnp.float32)
-    out = dot_product_attention(q, k, v, implementation=plain)
+    out = dot_product_attention(q, k, v, implementation=implementation)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, 1.0, rtol=2e-3)
-    half = dot_product_attention(q, k, v.astype(dtype), implementation=plain)
+    half = dot_product_attention(q, k, v.astype(dtype), implementation=implementation)
     assert half.dtype == dtype
     np.testing.assert_allclose(half.astype(jnp.float32), 1.0, rtol=8e-3)
 
 
-def test_large_logits_do_not_overflow(plain):
+def test_large_logits_do_not_overflow(implementation):
     q, k, v = (jnp.asarray(x) for x in qkv())
-    out = dot_product_attention(300 * q, k, v, implementation=plain)
+    out = dot_product_attention(300 * q, k, v, implementation=implementation)
     nearest = dot_product_attention(30000 * q, k, v, implementation="naive")
     assert np.isfinite(out).all()
     np.testing.assert_allclose(
-        dot_product_attention(30000 * q, k, v, implementation=plain), nearest, atol=1e-5
+        dot_product_attention(30000 * q, k, v, implementation=implementation), nearest, atol=1e-5
     )
 
 

@@ -87,27 +87,11 @@ def some(queries, keys, kv_heads=2):
     return qkv(batch=2, heads=6, kv_heads=kv_heads, queries=queries, keys=keys)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"arrays": some(593, 590)}, "4198440 logits are more than the 4194304"),
-        ({"window": (None, 0)}, "no kernel with window"),
-        ({"window": (5, None), "softcap": 2.0}, "no kernel with softcap, window"),
-        ({"sinks": jnp.ones(6)}, "no kernel with sinks"),
-        ({"mask": jnp.ones((1, 1, 1, 256), bool)}, "no kernel with mask"),
-        ({"bias": jnp.ones((1, 1, 256, 256))}, "no kernel with bias"),
-        ({"segment_ids": (jnp.ones((3, 256), int),) * 2}, "no kernel with segment_ids"),
-    ],
-)
-def test_what_is_not_short_and_plain_goes_in_blocks_or_is_named(options, reason):
-    assert choice("cpu", **options) == "blocked_attention"
-    with pytest.raises(ValueError, match=rf'"short": .*{reason}.*; use "auto"'):
-        choice("cpu", "short", **options)
-
-
-def test_the_last_that_is_short():
+def test_few_logits_are_short_and_many_go_in_blocks():
     assert choice("cpu", arrays=some(592, 590)) == "short_attention"
     assert choice("cpu", arrays=some(592, 590, kv_heads=1)) == "short_attention"
+    assert choice("cpu", arrays=some(593, 590)) == "blocked_attention"
+    assert choice("cpu", "short", arrays=some(593, 590)) == "short_attention"
 
 
 ODD = qkv(width=64, value_width=64, queries=255, keys=256, dtype="bfloat16")

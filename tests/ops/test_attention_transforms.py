@@ -1,4 +1,4 @@
-"""Blocked attention under every transformation, against the naive form outside of it."""
+"""Fast attention under every transformation, against the naive form outside of it."""
 
 import functools
 
@@ -15,6 +15,7 @@ from jaxmodels.ops import attention_blocked, attention_spans, dot_product_attent
 
 naive = functools.partial(dot_product_attention, implementation="naive")
 blocked = functools.partial(dot_product_attention, implementation="blocked")
+short = functools.partial(dot_product_attention, implementation="short")
 
 
 def qkv(*lead, queries=13, keys=17, heads=6, kv_heads=2):
@@ -70,14 +71,15 @@ def test_sharded_equals_one_device(spec):
     assert_close(attend(*(jax.device_put(x, place) for x in arrays)), expected)
 
 
-def test_shard_map_sums_the_gradients_of_what_is_shared():
+@pytest.mark.parametrize("one", [blocked, short])
+def test_shard_map_sums_the_gradients_of_what_is_shared(one):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("batch")
     bias, sinks = jnp.linspace(-1, 1, 6 * 13 * 17).reshape(6, 13, 17), jnp.linspace(-1, 1, 6)
 
     def attend(q, k, v, bias, sinks):
         inner = jax.shard_map(
-            lambda q, k, v, bias, sinks: blocked(q, k, v, bias=bias, sinks=sinks),
+            lambda q, k, v, bias, sinks: one(q, k, v, bias=bias, sinks=sinks),
             mesh=mesh,
             in_specs=(spec, spec, spec, PartitionSpec(), PartitionSpec()),
             out_specs=spec,
@@ -154,7 +156,9 @@ def calls(draw):
 
     arrays = {}
     if draw(st.booleans()):
-        arrays["bias"] = jnp.asarray(rng.normal(size=pairs()), jnp.float32)
+        bias = jnp.asarray(rng.normal(size=pairs()), jnp.float32)
+        # Some hide with a bias, and may hide all keys of a query.
+        arrays["bias"] = jnp.where(bias < draw(st.sampled_from([-9, 0])), -jnp.inf, bias)
     if draw(st.booleans()):
         arrays["sinks"] = jnp.asarray(rng.normal(size=heads), jnp.float32)
     options = {"causal": draw(st.booleans())}
@@ -176,7 +180,7 @@ def calls(draw):
 
 @settings(max_examples=6, deadline=None)
 @given(calls(), st.sampled_from([1, 1 << 20]))
-def test_blocked_equals_naive(call, block_logits):
+def test_blocked_and_short_equal_naive(call, block_logits):
     (q, k, v), arrays, options = call
 
     def run(attend):
@@ -192,4 +196,6 @@ def test_blocked_equals_naive(call, block_logits):
         for name, value in {"MAX_LOGITS": block_logits, "MIN_ROWS": 3, "MAX_SPANS": 2}.items():
             patch.setattr(attention_spans, name, value)
         actual = run(blocked)
-    assert_close(actual, run(naive))
+    expected = run(naive)
+    assert_close(actual, expected)
+    assert_close(run(short), expected)
