@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from jaxmodels.ops.attention_naive import SegmentIds, Window, visible
+from jaxmodels.ops.batched_product import batched_product, transposed
 from jaxmodels.ops.mesh_axes import vary_alike
 from jaxmodels.ops.rematerialisation import ATTENTION
 
@@ -113,18 +114,25 @@ def _backward(config, kept, d_out):
     delta = jnp.sum(d_out * out, axis=-1)
     weights, total, slope = _softmax(config, q, k, bias, seen)
     weights = weights / total[..., None]
-    d_weights = jnp.einsum("btv,bsv->bts", d_out, v)
+    d_weights = batched_product(d_out, v.swapaxes(1, 2))
     d_logits = weights * (d_weights - delta[..., None])
-    d_bias = None
-    if bias is not None:
-        pairs, _ = config
-        one = tuple(i for i, size in enumerate(bias.shape) if size < pairs[i])
-        d_bias = jnp.sum(d_logits.reshape(pairs), axis=one, keepdims=True)
+    d_bias = None if bias is None else _sum_to(bias.shape, d_logits.reshape(config[0]))
     if slope is not None:
         d_logits = d_logits * slope
-    d_q = jnp.einsum("bts,bsk->btk", d_logits, k)
-    d_k = jnp.einsum("bts,btk->bsk", d_logits, q)
-    return d_q, d_k, jnp.einsum("bts,btv->bsv", weights, d_out), d_bias, None
+    d_q = batched_product(d_logits, k)
+    d_k = batched_product(transposed(d_logits), q)
+    return d_q, d_k, batched_product(transposed(weights), d_out), d_bias, None
+
+
+def _sum_to(shape, x):
+    """Sums x over the axes in which the shape has one."""
+    if shape[0] < x.shape[0]:
+        # A product: XLA's sum over the first axis takes as long as the whole rest.
+        x = (jnp.ones((1, x.shape[0]), x.dtype) @ x.reshape(x.shape[0], -1)).reshape(
+            1, *x.shape[1:]
+        )
+    one = tuple(i for i, size in enumerate(shape) if size < x.shape[i])
+    return jnp.sum(x, axis=one, keepdims=True)
 
 
 _attention.defvjp(_forward, _backward)
