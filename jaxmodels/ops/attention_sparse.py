@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmodels.ops.attention import dot_product_attention
+from jaxmodels.ops.batched_product import batched_product
 from jaxmodels.ops.segments import document_index, document_positions
 
 _OPTIONS = {
@@ -334,7 +335,7 @@ def with_neighbours(
 def _logits(q, k, seen):
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows = q.reshape(len(k), -1, q.shape[-1])
-    logits = jnp.matmul(rows, k.swapaxes(1, 2), preferred_element_type=wide)
+    logits = batched_product(rows, k.swapaxes(1, 2), preferred_element_type=wide)
     return jnp.where(seen[:, None], logits.reshape(*q.shape[:-1], -1), -jnp.inf)
 
 
@@ -359,5 +360,5 @@ def _softmax_over(near, far=None, turn=lambda x: x):
 def _weighted(logits, values, top):
     weights = jnp.exp(logits - top[..., None])
     rows = weights.astype(values.dtype).reshape(len(values), -1, weights.shape[-1])
-    out = jnp.matmul(rows, values, preferred_element_type=weights.dtype)
+    out = batched_product(rows, values, preferred_element_type=weights.dtype)
     return weights.sum(-1), out.reshape(*weights.shape[:-1], -1)

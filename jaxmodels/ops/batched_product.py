@@ -2,15 +2,17 @@
 
 It shares a batched product out among cores only if each matrix of the result is larger
 than a tile, or if a reduction follows in the same kernel. So one follows here that
-changes nothing. Transposed operands are copied: a product that transposes its first
-factor gets no such kernel and takes twice the time.
+changes nothing. Transposed first factors are copied: a product that transposes while it
+multiplies gets no such kernel and takes twice the time.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmodels.ops.platform import platform
@@ -19,26 +21,33 @@ from jaxmodels.ops.platform import platform
 _LARGEST_RESULT, _LEAST_WORK = 1 << 16, 1 << 24
 
 
-@jax.custom_vjp
-def batched_product(x: Float[Array, "*B M K"], y: Float[Array, "*B K N"]) -> Float[Array, "*B M N"]:
-    """Products of matrices, on all cores of a CPU; `x @ y` elsewhere.
+def batched_product(
+    x: Float[Array, "*B M K"],
+    y: Float[Array, "*B K N"],
+    *,
+    preferred_element_type: DTypeLike | None = None,
+) -> Float[Array, "*B M N"]:
+    """Products of matrices on all cores of a CPU; elsewhere `jnp.matmul`.
 
     out_bmn = sum_k x_bmk y_bkn
 
-    The gradient in reverse is defined, by products of the same kind. If an element of a
-    matrix is not a number, all of that matrix are not.
+    Its gradient in reverse is of such products too; there is none in forward mode. One
+    element that is not a number makes a whole matrix of the result so.
+
+    Args:
+      x, y: factors.
+      preferred_element_type: of the result, as for `jnp.matmul`.
+
+    Raises:
+      ValueError: shapes disagree; leading axes are not broadcast.
 
     Source: the definition; the form was chosen by measurement (XLA of JAX 0.10.2).
     """
-    *batch, rows, inner = x.shape
-    columns = y.shape[-1]
-    work = math.prod(batch) * rows * inner * columns
-    small = rows * columns <= _LARGEST_RESULT and work >= _LEAST_WORK
-    if platform() != "cpu" or not small or x.shape[:-2] != y.shape[:-2]:
-        return jnp.matmul(x, y)
-    out = jnp.matmul(x.reshape(-1, rows, inner), y.reshape(-1, inner, columns))
-    out = jnp.maximum(out, jnp.min(out, axis=(1, 2), keepdims=True))
-    return out.reshape(*batch, rows, columns)
+    if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-2]:
+        raise ValueError(
+            f"batched_product: x {x.shape} and y {y.shape} must be (*B, M, K) and (*B, K, N)"
+        )
+    return _product(preferred_element_type, x, y)
 
 
 def transposed(x: Float[Array, "*B M K"]) -> Float[Array, "*B K M"]:
@@ -47,13 +56,29 @@ def transposed(x: Float[Array, "*B M K"]) -> Float[Array, "*B K M"]:
     return lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
-def _forward(x, y):
-    return batched_product(x, y), (x, y)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(dtype, x, y):
+    *batch, rows, inner = x.shape
+    columns = y.shape[-1]
+    work = math.prod(batch) * rows * inner * columns
+    small = rows * columns <= _LARGEST_RESULT and work >= _LEAST_WORK
+    if platform() != "cpu" or not small:
+        return jnp.matmul(x, y, preferred_element_type=dtype)
+    x, y = x.reshape(-1, rows, inner), y.reshape(-1, inner, columns)
+    out = jnp.matmul(x, y, preferred_element_type=dtype)
+    out = jnp.maximum(out, jnp.min(out, axis=(1, 2), keepdims=True))
+    return out.reshape(*batch, rows, columns)
 
 
-def _backward(kept, d_out):
+def _forward(dtype, x, y):
+    return _product(dtype, x, y), (x, y)
+
+
+def _backward(dtype, kept, d_out):
     x, y = kept
-    return batched_product(d_out, y.swapaxes(-1, -2)), batched_product(transposed(x), d_out)
+    d_x = batched_product(d_out, y.swapaxes(-1, -2))
+    d_y = batched_product(transposed(x), d_out)
+    return d_x.astype(x.dtype), d_y.astype(y.dtype)
 
 
-batched_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxmodels.ops.batched_product import batched_product
 from jaxmodels.ops.segments import document_index
 
 # exp(-100) is zero in float32. Sums of larger steps would only lose digits.
@@ -213,7 +214,7 @@ def _halve(rows, k, log_decay):
     keys = (pairs(k)[:, 0] * jnp.exp(end[:, 0])).swapaxes(-1, -2)
     fade = jnp.exp(start[:, 1])
     products = [
-        join_blocks(pairs(block), (pairs(x)[:, 1] * fade) @ keys)
+        join_blocks(pairs(block), batched_product(pairs(x)[:, 1] * fade, keys))
         for x, block in zip(rows, inside, strict=True)
     ]
     whole = start[:, :, -1:]

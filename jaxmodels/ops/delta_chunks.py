@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.ops.batched_product import batched_product
 from jaxmodels.ops.chunks import join_blocks
 from jaxmodels.ops.segments import document_starts
 
@@ -59,7 +60,7 @@ def mix_delta_chunks(
     """
     system = jnp.tril(chunks.overlaps * chunks.beta[..., None], -1)
     solve = inverse_of_unit_lower(system) * chunks.beta[..., None, :]
-    alone, from_state = solve @ chunks.v, solve @ chunks.k
+    alone, from_state = (batched_product(solve, x) for x in (chunks.v, chunks.k))
 
     def step(state, chunk):
         alone, from_state, k_to_end, through = chunk
@@ -69,7 +70,8 @@ def mix_delta_chunks(
 
     inputs = (alone, from_state, chunks.k_to_end, chunks.through)
     state, (before, writes) = lax.scan(step, state, inputs)
-    return chunks.q @ before + chunks.products @ writes, state
+    out = batched_product(chunks.q, before) + batched_product(chunks.products, writes)
+    return out, state
 
 
 def inverse_of_unit_lower(lower: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:

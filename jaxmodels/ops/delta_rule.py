@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.ops.batched_product import batched_product
 from jaxmodels.ops.checks import require_within
 from jaxmodels.ops.chunks import (
     chunk_decays,
@@ -144,8 +145,8 @@ def _chunked(q, k, v, log_decay, beta, state, segment_ids, chunk_size):
     decays = chunk_decays(log_decay, documents)
     keys = k.swapaxes(-1, -2)
     chunks = DeltaChunks(
-        products=(q @ keys) * decays.pairs,
-        overlaps=(k @ keys) * decays.pairs,
+        products=batched_product(q, keys) * decays.pairs,
+        overlaps=batched_product(k, keys) * decays.pairs,
         q=q * decays.from_start[..., None],
         k=k * decays.from_start[..., None],
         k_to_end=k * decays.to_end[..., None],

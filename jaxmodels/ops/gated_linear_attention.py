@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.ops.batched_product import batched_product, transposed
 from jaxmodels.ops.checks import require_within
 from jaxmodels.ops.chunks import (
     ChunkDocuments,
@@ -139,7 +140,7 @@ def _scalar_chunked(q, k, v, log_decay, state, segment_ids, chunk_size):
     length = q.shape[1]
     (q, k, v, log_decay), documents = _split(q, k, v, log_decay, segment_ids, chunk_size)
     decays = chunk_decays(log_decay, documents)
-    products = (q @ k.swapaxes(-1, -2)) * decays.pairs
+    products = batched_product(q, k.swapaxes(-1, -2)) * decays.pairs
     q, k = q * decays.from_start[..., None], k * decays.to_end[..., None]
     out, state = _carry(products, q, k, v, decays.through[..., None], state)
     return join_chunks(out, length), state
@@ -202,14 +203,14 @@ def _carry(
       through: what is left of the state after the chunk.
       state: before the first chunk.
     """
-    writes = k_to_end.swapaxes(-1, -2) @ v
+    writes = batched_product(transposed(k_to_end), v)
 
     def step(state, chunk):
         write, through = chunk
         return through[..., None] * state + write, state
 
     state, before = lax.scan(step, state, (writes, through))
-    return products @ v + q @ before, state
+    return batched_product(products, v) + batched_product(q, before), state
 
 
 # Shared with retention, whose gate is a special case.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.ops.batched_product import batched_product, transposed
 from jaxmodels.ops.chunks import ChunkDocuments, chunk_documents, join_chunks, split_chunks
 from jaxmodels.ops.recurrence import run_recurrence
 from jaxmodels.ops.segments import document_index, document_starts
@@ -129,13 +130,13 @@ def _chunked(q, k, v, state, segment_ids, chunk_size, *, causal):
     size = min(chunk_size, length)
     documents = None if segment_ids is None else chunk_documents(segment_ids, size)
     q, k, v = (split_chunks(x, size) for x in (q, k, v))
-    products = jnp.einsum("nbhtk,nbhsk->nbhts", q, k)
+    products = batched_product(q, k.swapaxes(-1, -2))
     if causal:
         products = jnp.where(jnp.tril(jnp.ones((size, size), bool))[(None,) * 3], products, 0)
     if documents is not None:
         products = jnp.where(documents.same, products, 0)
     outside, state = _outside(q, k, v, state, documents, reverse=False)
-    out = products @ v + outside
+    out = batched_product(products, v) + outside
     if not causal:
         mirrored = _mirrored_documents(segment_ids, size)
         out += _outside(q, k, v, jnp.zeros_like(state), mirrored, reverse=True)[0]
@@ -155,9 +156,9 @@ def _outside(q, k, v, state, documents, *, reverse):
         kept = state if through is None else state * through
         return kept + write, state
 
-    writes = jnp.einsum("nbhsk,nbhsv->nbhkv", k, v)
+    writes = batched_product(transposed(k), v)
     state, before = lax.scan(step, state, (writes, through), reverse=reverse)
-    return q @ before, state
+    return batched_product(q, before), state
 
 
 def _mirrored_documents(segment_ids: Int[Array, "B T"], size: int) -> ChunkDocuments:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.ops.attention_sparse import with_neighbours
+from jaxmodels.ops.batched_product import batched_product
 from jaxmodels.ops.checks import require_shape
 from jaxmodels.ops.gated_attention import keys_seen
 from jaxmodels.ops.segments import document_index, document_positions
@@ -171,7 +172,7 @@ def _keys_summed(tokens, causal, size):
 def _quadratic(q, k, seen, kernel):
     """f of the logits where seen, zero elsewhere."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("...tk,...sk->...ts", q, k, preferred_element_type=wide)
+    logits = batched_product(q, k.swapaxes(-1, -2), preferred_element_type=wide)
     if kernel == "relu2":
         return jnp.square(jax.nn.relu(jnp.where(seen, logits, 0.0)))
     return jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
@@ -179,7 +180,7 @@ def _quadratic(q, k, seen, kernel):
 
 def _linear(q, k, seen):
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    products = jnp.einsum("...tk,...sk->...ts", q, k, preferred_element_type=wide)
+    products = batched_product(q, k.swapaxes(-1, -2), preferred_element_type=wide)
     return jnp.where(seen, products, 0.0)
 
 
@@ -229,7 +230,7 @@ def _chunked(quad_q, quad_k, lin_q, lin_k, v, tokens, state, *, kernel, causal, 
     before = own if aligned else _previous(own, state) if causal else None
     window = _window(own, before, causal, aligned)
     weights = _weights(quad_q, lin_q, own, window, kernel, causal, aligned)
-    out = jnp.matmul(weights.astype(v.dtype), window.v, preferred_element_type=weights.dtype)
+    out = batched_product(weights.astype(v.dtype), window.v, preferred_element_type=weights.dtype)
     if causal:
         out = out + _recall(lin_q, own.documents, *_memories(before, state.memory))
     elif aligned:
@@ -321,7 +322,7 @@ def _memories(before, first):
 
 
 def _recall(lin_q, documents, memories, owners):
-    out = jnp.matmul(lin_q.astype(memories.dtype), memories)
+    out = batched_product(lin_q.astype(memories.dtype), memories)
     return jnp.where((documents == owners[..., None])[..., None], out, 0.0)
 
 
