@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmodels.layers.mlp import GatedMlp
 from jaxmodels.ops import routing
@@ -34,6 +34,9 @@ class MixtureOfExperts(nn.Module):
     after each call in which that collection is mutable. Losses are sown in the
     collection "losses", multiplied by their coefficients; how many tokens each expert
     had, in "intermediates" as "expert_load".
+
+    Padding goes through experts as other tokens do, but counts in no loss and no load, and
+    takes no other token's place.
 
     Where no token is dropped, experts may lie on different devices of a mesh, and tokens
     travel to them (`ops.expert_parallel`).
@@ -83,20 +86,29 @@ class MixtureOfExperts(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns an array of x's shape in `dtype`."""
+    def __call__(
+        self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns an array of x's shape in `dtype`.
+
+        Args:
+          x: tokens.
+          counted: False on padding; None without any.
+        """
         self._check()
         x = x.astype(self.dtype)
         has_bias = self.bias_rate is not None
         logits, bias = Router(self.num_experts, has_bias, self.kernel_init, name="router")(x)
         scores = jax.nn.softmax(logits) if self.scores == "softmax" else jax.nn.sigmoid(logits)
         if self.z_coefficient:
-            self._sow("router_z", self.z_coefficient * routing.router_z_loss(logits))
+            self._sow("router_z", self.z_coefficient * routing.router_z_loss(logits, counted))
         if self.choice == "expert":
             tokens = x.reshape(-1, x.shape[-1])
+            if counted is not None:
+                scores = jnp.where(counted[..., None], scores, 0.0)
             out = self._chosen_by_experts(tokens, scores.reshape(-1, self.num_experts))
         else:
-            out = self._chosen_by_tokens(x, scores, bias)
+            out = self._chosen_by_tokens(x, scores, bias, counted)
         out = out.reshape(x.shape)
         if self.shared_width:
             fields = {"kernel_init": self.kernel_init, "dtype": self.dtype, "name": "shared"}
@@ -108,7 +120,7 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = routing.expert_choice(scores, capacity)
         return capacity_experts(tokens, self.scale * weights, chosen, *self._matrices(tokens))
 
-    def _chosen_by_tokens(self, x, scores, bias):
+    def _chosen_by_tokens(self, x, scores, bias, counted):
         weights, experts = routing.top_k_routing(
             scores,
             self.top_k,
@@ -118,11 +130,12 @@ class MixtureOfExperts(nn.Module):
             renormalise=self.renormalise,
             scale=self.scale,
         )
-        self._balance(scores, experts, bias)
+        choices = routing.counted_choices(experts, counted, self.num_experts)
+        self._balance(scores, choices, bias)
         if self.capacity_factor is None:
             return dropless_on_mesh(x, weights, experts, *self._matrices(x))
         tokens = x.reshape(-1, x.shape[-1])
-        pairs = (a.reshape(-1, self.top_k) for a in (weights, experts))
+        pairs = (a.reshape(-1, self.top_k) for a in (weights, choices))
         capacity = self._places(len(tokens), self.capacity_factor)
         slots = routing.capacity_slots(*pairs, self.num_experts, capacity)
         return capacity_experts(tokens, *slots, *self._matrices(tokens))

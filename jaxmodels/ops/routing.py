@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.ops.checks import require_shape
 from jaxmodels.ops.mesh_axes import for_each_token
@@ -138,7 +138,7 @@ def capacity_slots(
     later ones; who finds no place is dropped.
 
     Args:
-      weights, experts: from `top_k_routing`.
+      weights, experts: from `top_k_routing`; E is a choice of none.
       num_experts: E.
       capacity: C, places an expert.
 
@@ -164,11 +164,28 @@ def capacity_slots(
     return jnp.where(filled, weights.T.ravel()[chosen], 0), tokens
 
 
+def counted_choices(
+    experts: Int[Array, "*B K"], counted: Bool[Array, "*B"] | None, num_experts: int
+) -> Int[Array, "*B K"]:
+    """The choices of some tokens, such as those that are no padding; of the others E: none.
+
+    Args:
+      experts: numbers from `top_k_routing`.
+      counted: False for a token that chooses nothing; None where all choose.
+      num_experts: E.
+
+    Source: what `transformers` does with an attention mask in Mixtral's balance loss.
+    """
+    if counted is None:
+        return experts
+    return jnp.where(counted[..., None], experts, num_experts)
+
+
 def expert_load(experts: Int[Array, "..."], num_experts: int) -> Int[Array, "E"]:
     """How often each expert was chosen.
 
     Args:
-      experts: numbers from `top_k_routing`, of any shape.
+      experts: numbers from `top_k_routing`, of any shape; E is a choice of none.
       num_experts: E.
     """
     numbers = jnp.arange(num_experts)
@@ -187,7 +204,7 @@ def load_balance_loss(
 
     Args:
       probabilities: the softmax of a router's logits.
-      experts: those chosen.
+      experts: those chosen; a token that chose E is left out of f and P.
 
     Returns:
       A scalar to be multiplied by a small coefficient (0.01 in Switch).
@@ -196,15 +213,17 @@ def load_balance_loss(
     (arXiv:2101.03961); for K > 1 as in Mixtral's public code.
     """
     num_experts = probabilities.shape[-1]
-    mean = probabilities.astype(jnp.float32).reshape(-1, num_experts).mean(axis=0)
-    tokens = experts.size // experts.shape[-1]
+    counted = experts[..., 0] < num_experts
+    tokens = jnp.maximum(jnp.sum(counted), 1)
+    total = jnp.where(counted[..., None], probabilities.astype(jnp.float32), 0.0)
+    mean = total.reshape(-1, num_experts).sum(axis=0) / tokens
     return num_experts / tokens * jnp.sum(expert_load(experts, num_experts) * mean)
 
 
 def sequence_balance_loss(
     scores: Float[Array, "B T E"], experts: Int[Array, "B T K"]
 ) -> Float[Array, ""]:
-    """The balance within each sequence, averaged over sequences.
+    """The balance within each sequence, averaged over sequences that have tokens.
 
     loss = mean over sequences of sum_e f_e P_e
     f_e = E / (K T) choices of e,   P_e = 1 / T sum_t s_te / sum_e' s_te'
@@ -213,7 +232,7 @@ def sequence_balance_loss(
 
     Args:
       scores: positive; made to sum to one here.
-      experts: those chosen.
+      experts: those chosen; a token that chose E is left out.
 
     Returns:
       A scalar to be multiplied by a very small coefficient (0.0001 in DeepSeek-V3).
@@ -226,23 +245,30 @@ def sequence_balance_loss(
     def of_one(shares, experts):
         return load_balance_loss(shares, experts) / experts.shape[-1]
 
-    return jax.vmap(of_one)(shares, experts).mean()
+    has_tokens = jnp.any(experts[..., 0] < scores.shape[-1], axis=-1)
+    return jnp.sum(jax.vmap(of_one)(shares, experts)) / jnp.maximum(jnp.sum(has_tokens), 1)
 
 
-def router_z_loss(logits: Float[Array, "*B E"]) -> Float[Array, ""]:
+def router_z_loss(
+    logits: Float[Array, "*B E"], counted: Bool[Array, "*B"] | None = None
+) -> Float[Array, ""]:
     """Keeps a router's logits small.
 
     loss = mean of (log sum_e exp l_e)^2
 
     Args:
       logits: before the softmax.
+      counted: which tokens the mean is over; None is all.
 
     Returns:
       A scalar to be multiplied by a small coefficient (0.001 in ST-MoE).
 
     Source: Zoph et al. 2022, "ST-MoE", equation 5 (arXiv:2202.08906).
     """
-    return jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)).mean()
+    squares = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+    if counted is None:
+        return squares.mean()
+    return jnp.sum(jnp.where(counted, squares, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
 
 
 def updated_bias(bias: Float[Array, "E"], load: Int[Array, "E"], rate: float) -> Float[Array, "E"]:

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,3 +209,27 @@ def test_training_lowers_the_loss(name):
         state, metrics = step(state, {"tokens": tokens(), "targets": tokens(1)})
         losses.append(float(metrics["cross_entropy"]))
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
+def test_padding_does_not_enter_the_balance_of_experts(family):
+    model, variables = small(FAMILIES[family])
+    if family == "Mixtral":
+        model = model.clone(balance_coefficient=0.25)
+    else:
+        # A module that looks ahead reads the token after the last one, which is padding.
+        model = model.clone(num_ahead=0)
+    model_state = {kind: tree for kind, tree in variables.items() if kind != "params"}
+    padding, ids = 4, jnp.ones((BATCH, LENGTH), int).at[:, -4:].set(0)
+    batch = {"targets": tokens(1), "weights": 1.0 * ids, "segment_ids": ids}
+
+    @jax.jit
+    def of(text):
+        batch_of = {**batch, "tokens": text}
+        _, terms, state = model.loss(variables["params"], batch_of, jax.random.key(0), model_state)
+        return terms, state
+
+    others = tokens().at[:, -padding:].set(tokens(2)[:, -padding:])
+    assert (others != tokens()).any()
+    assert of(tokens())[0]["balance"] > 0
+    chex.assert_trees_all_close(of(others), of(tokens()), rtol=1e-5)

@@ -207,6 +207,31 @@ def test_losses_are_sown_where_asked_for_and_not_on_initialising(scores):
     assert "losses" not in silent.apply(variables, x, mutable=["losses"])[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"balance_coefficient": 0.25, "z_coefficient": 0.5, "capacity_factor": 0.75},
+        {"scores": "sigmoid", "balance_coefficient": 0.25, "bias_rate": 0.125},
+        {"choice": "expert", "renormalise": False, "z_coefficient": 0.5},
+    ],
+)
+def test_padding_counts_nowhere_and_takes_no_place(options):
+    """As many tokens of padding come before the others: half the share leaves as many places."""
+    layer, variables, x = built(**options)
+    collections = ["losses", "intermediates", "router"]
+    expected, alone = layer.apply(variables, x, mutable=collections)
+    padding = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), x.dtype)
+    counted = jnp.concatenate([jnp.zeros(x.shape[:2], bool), jnp.ones(x.shape[:2], bool)], axis=1)
+    if "capacity_factor" in options:
+        layer = layer.clone(capacity_factor=options["capacity_factor"] / 2)
+    if "choice" in options:
+        layer = layer.clone(top_k=1)
+    padded = jnp.concatenate([padding, x], axis=1)
+    found, beside = layer.apply(variables, padded, counted, mutable=collections)
+    np.testing.assert_allclose(found[:, x.shape[1] :], expected, rtol=1e-4, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), beside, alone)
+
+
 def test_bias_moves_only_where_it_may_and_evens_the_load():
     layer, variables, x = built(scores="sigmoid", bias_rate=0.0625)
     assert not variables["router"]["router"]["bias"].any()

@@ -125,6 +125,25 @@ def test_balance_loss_equals_that_of_mixtral_in_value_and_gradient():
     np.testing.assert_allclose(gradient.reshape(33, 7), theirs.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_balance_loss_leaves_out_what_mixtral_masks():
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(3, 11, 7)).astype(np.float32)
+    counted = rng.random((3, 11)) < 0.6
+    theirs = torch.tensor(logits.reshape(33, 7), requires_grad=True)
+    expected = load_balancing_loss_func((theirs,), 7, 2, torch.tensor(counted, dtype=torch.int64))
+    expected.backward()
+
+    def loss(logits):
+        probabilities = jax.nn.softmax(logits)
+        experts = routing.top_k_routing(probabilities, 2)[1]
+        choices = routing.counted_choices(experts, jnp.asarray(counted), 7)
+        return routing.load_balance_loss(probabilities, choices)
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-6)
+    np.testing.assert_allclose(gradient.reshape(33, 7), theirs.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_balance_losses_where_all_is_even_and_where_nothing_is():
     even = jnp.full((2, 6, 3), 1 / 3)
     turns = jnp.stack([jnp.arange(6) % 3, (jnp.arange(6) + 1) % 3], axis=-1)
@@ -155,6 +174,24 @@ def test_z_loss_equals_torch():
     logits = np.random.default_rng(6).normal(0, 3, size=(5, 3, 7)).astype(np.float32)
     expected = torch.logsumexp(torch.tensor(logits), -1).square().mean()
     np.testing.assert_allclose(routing.router_z_loss(jnp.asarray(logits)), expected, rtol=1e-6)
+
+
+def test_what_is_not_counted_is_as_if_it_were_not_there():
+    """In the losses of sequences and of logits; a sequence of padding alone is none."""
+    rng = np.random.default_rng(7)
+    logits = jnp.asarray(rng.normal(size=(3, 11, 7)), jnp.float32)
+    counted = jnp.zeros((3, 11), bool).at[0, 2:9].set(True).at[2, 2:9].set(True)
+    z = routing.router_z_loss(logits, counted)
+    np.testing.assert_allclose(z, routing.router_z_loss(logits[::2, 2:9]), rtol=1e-6)
+    scores = jax.nn.sigmoid(logits)
+    experts = routing.top_k_routing(scores, 2)[1]
+    choices = routing.counted_choices(experts, counted, 7)
+    alone = routing.sequence_balance_loss(scores[::2, 2:9], experts[::2, 2:9])
+    np.testing.assert_allclose(routing.sequence_balance_loss(scores, choices), alone, rtol=1e-6)
+    nothing = jnp.full_like(experts, 7)
+    assert routing.sequence_balance_loss(scores, nothing) == 0
+    assert routing.load_balance_loss(scores, nothing) == 0
+    assert routing.router_z_loss(logits, counted & False) == 0
 
 
 def test_bias_moves_against_the_load():

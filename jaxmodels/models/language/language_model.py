@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Key
 
+from jaxmodels.layers.experts import MixtureOfExperts
 from jaxmodels.layers.repeated_blocks import require_policy, run_listed
 from jaxmodels.ops.cross_entropy import chunked_cross_entropy
 
@@ -19,7 +20,8 @@ class DecoderBlock(nn.Module):
 
     Attributes:
       mixer: a sequence mixer.
-      mlp: a feed-forward, any module from (B, T, D) to (B, T, D).
+      mlp: a feed-forward, any module from (B, T, D) to (B, T, D). Experts do not count
+        what has segment id 0, which is padding.
       norm: "rms" or "layer".
       norm_eps: added to the mean square or the variance.
       dtype: of the computation.
@@ -45,6 +47,8 @@ class DecoderBlock(nn.Module):
         h, state = self.mixer(h, positions, segment_ids, state, train)
         x = x + h
         h = make_norm(self.norm, self.norm_eps, self.dtype, "mlp_norm")(x)
+        if isinstance(self.mlp, MixtureOfExperts) and segment_ids is not None:
+            return x + self.mlp(h, segment_ids != 0), state
         return x + self.mlp(h), state
 
 
@@ -86,7 +90,8 @@ class LanguageModel(nn.Module):
 
         Args:
           tokens: in [0, vocab_size).
-          positions, segment_ids: as for a mixer (`jaxmodels.layers.mixers`).
+          positions, segment_ids: as for a mixer (`jaxmodels.layers.mixers`); 0 is the
+            segment of padding, which the balance of experts does not count.
           state: one value a layer, from `init_state` or the call before.
           train: passed on to the mixers.
 
