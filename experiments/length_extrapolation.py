@@ -7,11 +7,12 @@ Claim     A model with plain rotary positions fails beyond its trained length;
           because text seldom needs what the window cuts off.
 Measured  A byte-level decoder is trained on the standard library's source and
           manual at 256 bytes, and read up to 4,096 by every method that needs no
-          training; others are trained for themselves, equally long. Loss by
+          training; others are trained for themselves, equally long, among them vectors
+          that are added to the tokens' (sinusoidal, learned). Loss by
           position on held-out text, and a recall probe: one of 16 notes of a
           colour stands in the text and is asked for by its colour much later.
 Run       python experiments/length_extrapolation.py          (about 8 min on 2 CPU cores)
-          python experiments/length_extrapolation.py --trained hwfa alibi kerple sandwich xpos
+          python experiments/length_extrapolation.py --trained hwfa alibi
           python experiments/length_extrapolation.py --help
 """
 
@@ -41,7 +42,8 @@ _BUCKET = 64
 # Those that the claim is about, and others that take a trained rotary model.
 _CLAIMED = ("rope", "window", "ntk", "rerope")
 _OTHERS = ("dynamic_ntk", "yarn", "leaky_rerope", "log_n", "interpolation")
-_OWN_TRAINING = ("hwfa", "alibi", "kerple", "sandwich", "xpos", "nope")
+_ADDED = ("sinusoidal", "learned")
+_OWN_TRAINING = ("hwfa", "alibi", "kerple", "sandwich", "xpos", "nope", *_ADDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Config:
 
     methods: tuple[str, ...] = _OTHERS
     """What the rotary model is read with, beside rope, window, ntk and rerope."""
-    trained: tuple[str, ...] = ("hwfa", "alibi")
-    """Schemes that are trained for themselves: hwfa, alibi, kerple, sandwich, xpos, nope."""
+    trained: tuple[str, ...] = _OWN_TRAINING
+    """Schemes that are trained for themselves."""
     width: int = 128
     depth: int = 3
     num_heads: int = 4
@@ -145,6 +147,7 @@ def layers(config: Config, name: str, length: int) -> list[dict]:
         "sandwich": biases.Sandwich(),
         "xpos": XPos(),
         "nope": NoPositions(),
+        **dict.fromkeys(_ADDED, NoPositions()),
     }[name]
     window = trained - 1 if name == "window" else None
     return [{"position": position, "window": window}] * config.depth
@@ -156,6 +159,9 @@ def decoder(config: Config, name: str, length: int) -> Decoder:
         width=config.width,
         depth=config.depth,
         mixer_options=[{**heads, **layer} for layer in layers(config, name, length)],
+        position_embedding=name if name in _ADDED else None,
+        # Learned places beyond the trained length stay as they were drawn.
+        context=max(config.lengths) if name == "learned" else None,
         dtype=training.compute_dtype(config.precision),
     )
 

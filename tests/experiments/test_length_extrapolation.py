@@ -94,6 +94,7 @@ def test_a_short_run_learns_and_writes_what_it_promises(launch, tmp_path):
         "yarn",
         "--trained",
         "alibi",
+        "learned",
         "--folder",
         "run",
         cwd=tmp_path,
@@ -102,7 +103,7 @@ def test_a_short_run_learns_and_writes_what_it_promises(launch, tmp_path):
     assert process.returncode == 0, errors
     measured = json.loads((tmp_path / "run" / "result.json").read_text())["measured"]
     # Eight bits are a byte nothing is known of.
-    for name in ("rope", "ntk", "rerope", "window", "yarn", "alibi"):
+    for name in ("rope", "ntk", "rerope", "window", "yarn", "alibi", "learned"):
         assert 1 < measured[f"{name}_bits_beyond"] < 20
         assert 0 <= measured[f"{name}_recall_beyond"] <= 1
     assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000

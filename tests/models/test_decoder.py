@@ -122,6 +122,60 @@ def test_streaming_with_a_cache_equals_llama(llama):
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
+def sines(positions):
+    """Vaswani et al. 2017, section 3.5."""
+    angles = positions[:, None] / 10_000 ** (2 * np.arange(WIDTH // 2) / WIDTH)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(len(positions), WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
+def test_added_positions_equal_llama_whole_and_streamed(llama, kind):
+    theirs, params = llama
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, VOCAB, (BATCH, LENGTH))
+    table = rng.normal(size=(LENGTH, WIDTH)) if kind == "learned" else sines(np.arange(LENGTH))
+    added = torch.tensor(table, dtype=torch.float32)
+    with torch.no_grad():
+        want = theirs(inputs_embeds=theirs.model.embed_tokens(torch.tensor(tokens)) + added).logits
+    model = decoder(position_embedding=kind, context=LENGTH)
+    if kind == "learned":
+        place = {"place": {"embedding": jnp.asarray(table, jnp.float32)}}
+        params = {"params": {**params["params"], **place}}
+    call = jax.jit(lambda tokens, state: model.apply(params, tokens, state=state))
+    near = {"rtol": 0, "atol": 1e-4 * float(want.abs().max())}
+    np.testing.assert_allclose(call(jnp.asarray(tokens), None)[0], want, **near)
+    state = model.init_state(BATCH, LENGTH)
+    for low, high in ((0, 13), (13, 14), (14, LENGTH)):
+        part, state = call(jnp.asarray(tokens[:, low:high]), state)
+        np.testing.assert_allclose(part, want[:, low:high], **near)
+
+
+def test_added_positions_begin_anew_in_each_document():
+    model = decoder(position_embedding="sinusoidal")
+    tokens = jax.random.randint(jax.random.key(0), (1, LENGTH), 0, VOCAB)
+    params = model.init(jax.random.key(1), tokens)
+    ids = jnp.asarray([[1] * 7 + [2] * (LENGTH - 7)])
+    packed, _ = model.apply(params, tokens, segment_ids=ids)
+    alone, _ = model.apply(params, tokens[:, 7:])
+    np.testing.assert_allclose(packed[:, 7:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_position_embeddings_are_named():
+    tokens = jnp.zeros((1, 5), jnp.int32)
+
+    def init(**fields):
+        model = decoder(**fields)
+        model.init(jax.random.key(0), tokens, state=model.init_state(1, 5))
+
+    with pytest.raises(ValueError, match='position_embedding="learned" needs context'):
+        init(position_embedding="learned")
+    with pytest.raises(ValueError, match="position_embedding='rope' is none of"):
+        init(position_embedding="rope")
+    fields = {"mixer": "retention", "mixer_options": {"num_heads": 2}}
+    with pytest.raises(ValueError, match=r"of mixer='retention' does not say.*pass positions"):
+        init(position_embedding="sinusoidal", **fields)
+
+
 def test_a_mixer_a_layer():
     model = decoder(mixer=("sliding_window", "softmax"), mixer_options=({"window": 3}, OPTIONS))
     tokens = jnp.zeros((1, 5), jnp.int32)

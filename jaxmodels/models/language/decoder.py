@@ -6,7 +6,7 @@ Differs  any mixer of `jaxmodels.list_mixers()` stands where attention does, and
          the embedding table is the output matrix too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,10 @@ from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.layers.mixers.cache import KVCache, RollingCache, tokens_seen
+from jaxmodels.layers.mixers.inputs import token_positions
 from jaxmodels.layers.mlp import GatedMlp
+from jaxmodels.layers.position_embeddings import LearnedPositions, SinusoidalPositions
 from jaxmodels.models.language.language_model import DecoderBlock, LanguageModel, make_norm
 from jaxmodels.registry import create_mixer
 
@@ -31,6 +34,9 @@ class Decoder(LanguageModel):
         a multiple of 8.
       mixer: the name of every layer's mixer, or one name a layer.
       mixer_options: fields of every layer's mixer, or a mapping a layer.
+      position_embedding: "learned" (for `context` places; NaN beyond) or "sinusoidal"
+        vectors are added to the tokens'; None leaves positions to the mixers. A model
+        that has them streams with caches, or with positions given.
       context: the longest sequence it is meant for; None sets no limit.
       remat, scan: see `LanguageModel`.
       dtype: of the computation; parameters are float32.
@@ -42,6 +48,7 @@ class Decoder(LanguageModel):
     mlp_width: int | None = None
     mixer: str | Sequence[str] = "softmax"
     mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] = FrozenDict()
+    position_embedding: str | None = None
     context: int | None = None
     remat: str = "none"
     scan: bool = False
@@ -62,6 +69,7 @@ class Decoder(LanguageModel):
         # Of variance 1 / D, because the table is also the output matrix.
         init = nn.initializers.normal(self.width**-0.5)
         self.embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=init)
+        self.place = self._place()
         mlp_width = self.mlp_width or -(-self.width * 8 // 24) * 8
         self.block = [
             DecoderBlock(mixer, GatedMlp(mlp_width, dtype=self.dtype), dtype=self.dtype)
@@ -77,9 +85,37 @@ class Decoder(LanguageModel):
         segment_ids: Int[Array, "B T"] | None,
         state: Sequence[Any] | None,
     ) -> Float[Array, "B T D"]:
-        """The rows of the table, made of variance one."""
-        del positions, segment_ids, state
-        return self.embed(tokens) * jnp.sqrt(self.width).astype(self.dtype)
+        """The rows of the table, made of variance one, and the vectors of their positions."""
+        x = self.embed(tokens) * jnp.sqrt(self.width).astype(self.dtype)
+        if self.place is None:
+            return x
+        seen = None
+        if state is not None and positions is None:
+            if not isinstance(state[0], KVCache | RollingCache):
+                raise ValueError(
+                    f"Decoder: the state {type(state[0]).__name__} of mixer={self.mixer!r} does "
+                    f"not say where position_embedding={self.position_embedding!r} goes on; pass "
+                    f"positions"
+                )
+            seen = tokens_seen(state[0])
+        return x + self.place(token_positions(x, positions, segment_ids, seen))
+
+    @nn.nowrap
+    def _place(self) -> Callable[[Int[Array, "B T"]], Float[Array, "B T D"]] | None:
+        if self.position_embedding is None:
+            return None
+        if self.position_embedding == "sinusoidal":
+            return SinusoidalPositions(self.width, dtype=self.dtype)
+        if self.position_embedding != "learned":
+            raise ValueError(
+                f"Decoder: position_embedding={self.position_embedding!r} is none of "
+                f'"learned", "sinusoidal", None'
+            )
+        if self.context is None:
+            raise ValueError(
+                'Decoder: position_embedding="learned" needs context, how many places to learn'
+            )
+        return LearnedPositions(self.context, self.width, dtype=self.dtype)
 
     @nn.nowrap
     def mixers(self) -> list[nn.Module]:
