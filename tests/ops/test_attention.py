@@ -314,6 +314,19 @@ def test_half_precision_accumulates_in_float32(implementation, dtype):
     np.testing.assert_allclose(half.astype(jnp.float32), 1.0, rtol=8e-3)
 
 
+def test_gradients_have_the_dtypes_of_what_they_are_of(implementation):
+    """A bias and sinks in half precision beside arrays in full, and the other way round."""
+    q, k, v = (jnp.asarray(x) for x in qkv())
+    bias, sinks = (jnp.asarray(x) for x in arrays((3, 1, 13, 13), (6,)))
+    for half in ("bias", "q"):
+        given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+        given[half] = given[half].astype(jnp.bfloat16)
+        (weight,) = arrays((3, 13, 6, 7), seed=1)
+        found = ours(given, weight, implementation)
+        for name, x in given.items():
+            assert found[name].dtype == x.dtype, name
+
+
 def test_large_logits_do_not_overflow(implementation):
     q, k, v = (jnp.asarray(x) for x in qkv())
     out = dot_product_attention(300 * q, k, v, implementation=implementation)

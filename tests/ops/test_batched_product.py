@@ -60,11 +60,19 @@ def test_infinities_stay_where_they_are():
     np.testing.assert_array_equal(finite[1, 1, 4], False)
 
 
+def test_what_is_no_number_stays_in_its_matrix():
+    x, y, _ = (jnp.asarray(a, jnp.float32) for a in factors(*SHAPES[0]))
+    lost = jnp.isnan(batched_product(x.at[1, 4, 3, 2].set(jnp.nan), y)).any(axis=(2, 3))
+    np.testing.assert_array_equal(np.argwhere(lost), [[1, 4]])
+
+
 def test_transposed_is_not_made_part_of_a_product():
-    x, _, d_out = (jnp.asarray(a, jnp.float32) for a in factors(*SHAPES[0]))
+    x, y, d_out = (jnp.asarray(a, jnp.float32) for a in factors(*SHAPES[0]))
     np.testing.assert_array_equal(transposed(x), np.asarray(x).swapaxes(-1, -2))
     text = jax.jit(lambda x, d: transposed(x) @ d).lower(x, d_out).as_text()
     assert "optimization_barrier" in text
+    gradient = jax.make_jaxpr(lambda x, y: jax.vjp(batched_product, x, y)[1](d_out))(x, y)
+    assert "optimization_barrier" in str(gradient)
 
 
 def test_shapes_are_named():
