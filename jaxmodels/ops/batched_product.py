@@ -31,8 +31,7 @@ def batched_product(
 
     out_bmn = sum_k x_bmk y_bkn
 
-    Its gradient in reverse is of such products too; there is none in forward mode. One
-    element that is not a number makes a whole matrix of the result so.
+    Its gradient in reverse is of such products too; there is none in forward mode.
 
     Args:
       x, y: factors.
@@ -66,7 +65,9 @@ def _product(dtype, x, y):
         return jnp.matmul(x, y, preferred_element_type=dtype)
     x, y = x.reshape(-1, rows, inner), y.reshape(-1, inner, columns)
     out = jnp.matmul(x, y, preferred_element_type=dtype)
-    out = jnp.maximum(out, jnp.min(out, axis=(1, 2), keepdims=True))
+    # Not the maximum of the two: XLA's kernel forgets what is not a number in it.
+    least = jnp.min(out, axis=(1, 2), keepdims=True)
+    out = out + 0.0 * jnp.clip(least, -1.0, 1.0)
     return out.reshape(*batch, rows, columns)
 
 

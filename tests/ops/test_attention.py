@@ -314,14 +314,28 @@ def test_half_precision_accumulates_in_float32(implementation, dtype):
     np.testing.assert_allclose(half.astype(jnp.float32), 1.0, rtol=8e-3)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_a_number_is_not_forgotten(implementation, name):
+    inputs = {"q": (1, 9, 2, 4), "k": (1, 9, 2, 4), "v": (1, 9, 2, 4)}
+    inputs = {n: jnp.asarray(arrays(shape)[0]) for n, shape in inputs.items()}
+    inputs[name] = inputs[name].at[0, 3, 1, 2].set(jnp.nan)
+    attend = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, implementation=implementation))
+    lost = np.argwhere(jnp.isnan(attend(**inputs)))
+    if name == "q":
+        np.testing.assert_array_equal(lost, [[0, 3, 1, c] for c in range(4)])
+    else:
+        channels = range(4) if name == "k" else [2]
+        np.testing.assert_array_equal(lost, [[0, t, 1, c] for t in range(9) for c in channels])
+
+
 def test_gradients_have_the_dtypes_of_what_they_are_of(implementation):
-    """A bias and sinks in half precision beside arrays in full, and the other way round."""
+    """A bias in half precision beside arrays in full, and the other way round."""
     q, k, v = (jnp.asarray(x) for x in qkv())
-    bias, sinks = (jnp.asarray(x) for x in arrays((3, 1, 13, 13), (6,)))
+    (bias,) = arrays((3, 1, 13, 13))
+    (weight,) = arrays((3, 13, 6, 7), seed=1)
     for half in ("bias", "q"):
-        given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+        given = {"q": q, "k": k, "v": v, "bias": jnp.asarray(bias)}
         given[half] = given[half].astype(jnp.bfloat16)
-        (weight,) = arrays((3, 13, 6, 7), seed=1)
         found = ours(given, weight, implementation)
         for name, x in given.items():
             assert found[name].dtype == x.dtype, name
