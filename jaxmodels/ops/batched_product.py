@@ -31,7 +31,8 @@ def batched_product(
 
     out_bmn = sum_k x_bmk y_bkn
 
-    Its gradient in reverse is of such products too; there is none in forward mode.
+    Its gradient in reverse is of such products too; there is none in forward mode. An
+    element that is not a number may make its whole row of the result so.
 
     Args:
       x, y: factors.
@@ -65,9 +66,9 @@ def _product(dtype, x, y):
         return jnp.matmul(x, y, preferred_element_type=dtype)
     x, y = x.reshape(-1, rows, inner), y.reshape(-1, inner, columns)
     out = jnp.matmul(x, y, preferred_element_type=dtype)
-    # Not the maximum of the two: XLA's kernel forgets what is not a number in it.
-    least = jnp.min(out, axis=(1, 2), keepdims=True)
-    out = out + 0.0 * jnp.clip(least, -1.0, 1.0)
+    # Finite, so that an infinity stays one. A maximum of `out` and a row's minimum would do
+    # as well, but XLA's kernel forgets in it what is not a number.
+    out = out + 0.0 * jnp.tanh(jnp.max(out, axis=-1))[..., None]
     return out.reshape(*batch, rows, columns)
 
 
