@@ -11,7 +11,7 @@ Measured  A byte-level decoder is trained on the standard library's source and
           that are added to the tokens' (sinusoidal, learned). Loss by
           position on held-out text, and a recall probe: one of 16 notes of a
           colour stands in the text and is asked for by its colour much later.
-Run       python experiments/length_extrapolation.py          (about 8 min on 2 CPU cores)
+Run       python experiments/length_extrapolation.py          (about 18 min on 2 CPU cores)
           python experiments/length_extrapolation.py --trained hwfa alibi
           python experiments/length_extrapolation.py --help
 """
