@@ -173,7 +173,7 @@ def _choose(implementation: str, where: str, arguments, options):
     if implementation == "naive":
         return naive_attention
     if implementation == "auto" and where == "cpu":
-        implementation = "short" if attention_short.suits(*arguments, **options) else "blocked"
+        implementation = "short" if attention_short.suits(*arguments[:2]) else "blocked"
     if implementation == "short":
         return attention_short.short_attention
     if implementation == "blocked":

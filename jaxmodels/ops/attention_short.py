@@ -23,7 +23,7 @@ from jaxmodels.ops.rematerialisation import ATTENTION
 _MOST_LOGITS = 1 << 22
 
 
-def suits(q, k, *_, **__) -> bool:
+def suits(q: Float[Array, "N T H K"], k: Float[Array, "N S G K"]) -> bool:
     """Whether a call has so few logits that `short_attention` is the faster."""
     return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] <= _MOST_LOGITS
 
