@@ -172,7 +172,7 @@ class Counting(Decoder):
     def setup(self):
         self.embed = nn.Embed(self.vocab_size, self.width)
         self.block = [DecoderBlock(mixer, Counts()) for mixer in self.mixers()]
-        self.final_norm, self.head = nn.RMSNorm(), None
+        self.final_norm, self.head, self.place = nn.RMSNorm(), None, None
 
 
 def test_losses_and_variables_of_all_blocks_take_part():
