@@ -6,8 +6,8 @@ Claim     FLASH trains 4.9 to 12 times as fast as its quadratic rival on long
           slower than softmax attention on short sequences and faster on long
           ones (Yang et al. 2024, arXiv:2312.06635, figure 3).
 Measured  Time and memory of the forward and backward pass of one layer of every
-          registered mixer, batch 1, against sequence length, in one process, one
-          length after the other. Memory is what XLA says the compiled program
+          registered mixer, batch 1, against sequence length, in one process, the
+          lengths of a mixer in turn. Memory is what XLA says the compiled program
           holds at its peak beside its inputs. A mixer's time exponent is fitted
           over lengths of 2,048 and more; its crossover is the length from which
           it is faster than softmax attention.
@@ -19,6 +19,7 @@ Run       python experiments/attention_scaling.py             (about 10 min on 2
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -46,8 +47,8 @@ class Config:
     head_dim: int = 64
     mixers: tuple[str, ...] = ()
     """Names; by default all that are registered."""
-    repeats: int = 3
-    """Timed calls, of which the median counts."""
+    repeats: int = 5
+    """Timed calls of a length, of which the median counts."""
     max_seconds: float = 8.0
     """A mixer whose call takes longer is not tried on the next length."""
     seed: int = 0
@@ -64,18 +65,31 @@ def main(config: Config, folder: Path) -> Result:
 
 
 def measure(config: Config, name: str) -> dict[str, list[float]]:
-    """Seconds and bytes of one forward and backward pass, a figure a length."""
-    cost = {"length": [], "seconds": [], "bytes": []}
+    """Seconds and bytes of one forward and backward pass, a figure a length.
+
+    The lengths take turns, so that a slow spell of the machine bends no curve.
+    """
+    calls, peaks, seconds = [], [], []
     for length in config.lengths:
-        seconds, peak = measure_one(config, name, length)
-        for key, value in zip(cost, (length, seconds, peak), strict=True):
-            cost[key].append(value)
-        if seconds > config.max_seconds:
+        call, peak = prepare(config, name, length)
+        calls.append(call)
+        peaks.append(peak)
+        seconds.append([duration(call)])  # the first one, which does not count
+        if seconds[-1][0] > config.max_seconds:
             break
-    return cost
+    for _ in range(config.repeats):
+        for call, times in zip(calls, seconds, strict=True):
+            if times[0] <= config.max_seconds:
+                times.append(duration(call))
+    return {
+        "length": list(config.lengths[: len(calls)]),
+        "seconds": [statistics.median(times[1:] or times) for times in seconds],
+        "bytes": peaks,
+    }
 
 
-def measure_one(config: Config, name: str, length: int) -> tuple[float, int]:
+def prepare(config: Config, name: str, length: int) -> tuple[Callable[[], None], int]:
+    """A call that does the work once, and the bytes it holds at its peak."""
     mixer = build(config, name, length)
     x = jax.random.normal(jax.random.key(config.seed), (1, length, config.width))
     params = jax.jit(mixer.init)(jax.random.key(config.seed + 1), x)
@@ -86,14 +100,16 @@ def measure_one(config: Config, name: str, length: int) -> tuple[float, int]:
 
     # The value too: without it XLA might drop part of the forward pass.
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x).compile()
-    seconds = []
-    for _ in range(1 + config.repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(step(params, x))
-        seconds.append(time.perf_counter() - start)
-        if seconds[0] > config.max_seconds:
-            return seconds[0], step.memory_analysis().temp_size_in_bytes
-    return statistics.median(seconds[1:]), step.memory_analysis().temp_size_in_bytes
+    return (
+        lambda: jax.block_until_ready(step(params, x)),
+        step.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def duration(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def build(config: Config, name: str, length: int):
