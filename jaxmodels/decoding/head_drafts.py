@@ -135,15 +135,19 @@ class MultiTokenDraft:
 )
 @dataclasses.dataclass(frozen=True)
 class ModuleDraft:
-    """The first module of a `DeepseekV3` that looks ahead, used again for every guess.
+    """The modules of a `DeepseekV3` that look ahead, one after the other for each guess.
 
-    The module reads the model's vector of each token and the token after it. For the
-    guesses after the first, its own last vector stands for the model's.
+    Module k reads, at a token's place, the vector that the model or module k - 1 has there
+    and the token k + 1 places on. Guesses further on than there are modules come from the
+    last one again, with its own last vector in place of what it would read.
 
     Attributes:
       model: a `DeepseekV3`, the same that generates.
       variables: its parameters, as {"params": ...}, with other collections it has.
-      length: guesses a round; the paper's is 1.
+      length: guesses a round; the paper's is 1, of one module.
+
+    Raises:
+      ValueError: the model has no such module.
 
     Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", sections 2.2 and 5.4.3
     (arXiv:2412.19437); again and again as in Li et al. 2024, "EAGLE", section 4.1
@@ -153,6 +157,13 @@ class ModuleDraft:
     model: Any
     variables: Mapping[str, Any]
     length: int = 1
+
+    def __post_init__(self):
+        if self.model.num_ahead < 1:
+            raise ValueError(
+                f"ModuleDraft: the model has num_ahead={self.model.num_ahead} modules that look "
+                f"ahead; it needs at least one"
+            )
 
     @property
     def tree(self) -> CandidateTree:
@@ -169,43 +180,65 @@ class ModuleDraft:
         """The model's."""
         return self.model.context
 
+    # What is remembered: every module's state, and its vector of the last token it can have
+    # read. The n-th entry of all states has the same token, so that of module k is of the
+    # place n - k: its first k entries are of no place, and no one sees them.
     def start(self, text, segment_ids, hidden, max_length):
-        """The module's state, and its vector of the last token; see `Draft`."""
-        batch, length = hidden.shape[:2]
-        state = self.model.init_ahead_state(batch, max_length)[0]
-        tokens = text.part(1, length)
-        vectors, state = self._ahead(hidden, tokens, None, state, segment_ids)
-        return state, vectors[:, -1]
+        """The modules' states after the prompts; see `Draft`."""
+        states = self.model.init_ahead_state(len(hidden), max_length)
+        nothing = (jnp.zeros_like(hidden[:, 0]),) * len(states)
+        return self.follow((states, nothing), text, hidden, jnp.int32(hidden.shape[1]))
 
     def propose(self, memory, text, choice, key):
         """Draws token after token; see `Draft`."""
         keys = [None] * self.length if key is None else jax.random.split(key, self.length)
-        (state, vector), guesses = memory, []
+        states, last = list(memory[0]), memory[1]
+        vectors, vector, guesses = last[0][:, None][:, :0], last[0], []
         for step in range(self.length):
             if step:
-                place = text.length - 2 + jnp.arange(step, step + 1)
-                positions = text.positions(place, self.context)
-                token = guesses[-1][0][:, None]
-                vectors, state = self._ahead(vector[:, None], token, positions, state)
-                vector = vectors[:, 0]
+                number = min(step, len(states) - 1)
+                if number == step:
+                    # None of the guesses has been read by this one yet.
+                    read, inputs = step, jnp.concatenate([last[step - 1][:, None], vectors], axis=1)
+                else:
+                    read, inputs = 1, vector[:, None]
+                tokens = jnp.stack([token for token, _ in guesses[-read:]], axis=1)
+                first = text.length - 1 + step - read
+                vectors, states[number] = self._ahead(
+                    number, inputs, tokens, text, first, states[number]
+                )
+                vector = vectors[:, -1]
             logits = self.model.apply(self.variables, vector, method="logits")
             guesses.append(pick(choice, logits, keys[step]))
-        return Guesses(*jax.tree.map(lambda *x: jnp.stack(x, axis=1), *guesses)), state
+        stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *guesses)
+        return Guesses(*stacked), (tuple(states), last)
 
     def follow(self, memory, text, hidden, count):
         """Reads the accepted tokens with the model's own vectors; see `Draft`."""
-        first, number = text.length - count, hidden.shape[1]
-        places = first - 1 + jnp.arange(number)
-        positions = text.positions(places, self.context)
-        state = shorten(memory, first - 1)
-        vectors, state = self._ahead(hidden, text.part(first, number), positions, state)
-        return shorten(state, text.length - 1), jnp.take(vectors, count - 1, axis=1)
+        first = text.length - count
+        tokens, vectors = text.part(first, hidden.shape[1]), hidden
+        states, last = [], []
+        for number, state in enumerate(memory[0]):
+            if number:
+                vectors = jnp.concatenate([memory[1][number - 1][:, None], vectors[:, :-1]], axis=1)
+            state = shorten(state, first - 1)
+            vectors, state = self._ahead(number, vectors, tokens, text, first - 1, state)
+            states.append(shorten(state, text.length - 1))
+            last.append(jnp.take(vectors, count - 1, axis=1))
+        return tuple(states), tuple(last)
 
-    def _ahead(self, hidden, tokens, positions, state, segment_ids=None):
-        places = positions, segment_ids
-        return self.model.apply(
-            self.variables, hidden, tokens, 0, *places, state, method="predict_ahead"
+    def _ahead(self, number, inputs, tokens, text, first, state):
+        """A module's vectors and state, its entries from `first` on."""
+        places = first - number + jnp.arange(tokens.shape[1])
+        positions = text.positions(places, self.context)
+        real = positions >= 0
+        options = jnp.maximum(positions, 0), real.astype(jnp.int32), state
+        vectors, state = self.model.apply(
+            self.variables, inputs, tokens, number, *options, method="predict_ahead"
         )
+        # A row without any real entry would go on with the others as its text.
+        documents = jnp.where(real[:, -1:], state.documents, -1)
+        return vectors, state._replace(documents=documents)
 
 
 def candidates(

@@ -60,7 +60,7 @@ def medusa_heads(width=12):
 
 
 @functools.cache
-def deepseek():
+def deepseek(num_ahead=1):
     model = DeepseekV3(
         width=12,
         depth=2,
@@ -77,10 +77,11 @@ def deepseek():
         top_k=2,
         groups=1,
         top_groups=1,
+        num_ahead=num_ahead,
         vocab_size=VOCABULARY,
         context=None,
     )
-    variables = jax.jit(model.init)(jax.random.key(8), jnp.zeros((1, 3), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(8), jnp.zeros((1, 4), jnp.int32))
     grown = jax.tree.map(lambda p: p if p.ndim == 1 else 160.0 * p, variables["params"])
     return model, {**variables, "params": grown}
 
@@ -90,6 +91,9 @@ def case(kind):
     if kind == "module":
         model, variables = deepseek()
         return model, variables, ModuleDraft(model, variables, 2)
+    if kind == "modules":
+        model, variables = deepseek(3)
+        return model, variables, ModuleDraft(model, variables, 5)
     if kind.startswith("multi_token"):
         model, variables = made(multi_token=True)
     else:

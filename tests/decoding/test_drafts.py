@@ -1,19 +1,20 @@
 """What drafts propose: n-grams against a search in plain Python, heads against their logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding.draft_cases import TREE, VOCABULARY
+from decoding.draft_cases import TREE, VOCABULARY, deepseek
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from jaxmodels.decoding.choice import make_choice
 from jaxmodels.decoding.drafts import NgramDraft, Text, pick
-from jaxmodels.decoding.head_drafts import candidates
+from jaxmodels.decoding.head_drafts import ModuleDraft, candidates
 
 ROOM = 29
 OPTIONS = {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None}
@@ -122,3 +123,75 @@ def test_a_models_guess_and_its_distribution(temperature):
         scores = np.exp(np.asarray(logits, np.float64) / temperature)
         wanted = scores / scores.sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(probabilities, wanted, rtol=1e-5)
+
+
+@functools.cache
+def readers(model):
+    """Without a state: what the model has of a text, a module of it, and what is likeliest."""
+
+    def ahead(variables, hidden, tokens, number):
+        return model.apply(variables, hidden, tokens, number, method="predict_ahead")[0]
+
+    def best(variables, vector):
+        return jnp.argmax(model.apply(variables, vector, method="logits"))
+
+    hidden = functools.partial(model.apply, method="hidden")
+    return jax.jit(hidden), jax.jit(ahead, static_argnums=3), jax.jit(best)
+
+
+def modules_by_definition(model, variables, known, length):
+    """Greedy guesses after a text, all read anew for each one; what follows it is not seen."""
+    read, ahead, best = readers(model)
+    text, last = np.zeros(ROOM + 8, np.int32), len(known) - 2
+    text[: len(known)] = known
+    vectors, _ = read(variables, text[None, :ROOM])
+    for step in range(length):
+        number = min(step, model.num_ahead - 1)
+        if step == number:
+            inputs = vectors
+        else:
+            last += 1
+            inputs = inputs.at[:, last].set(vectors[:, last - 1])
+        vectors = ahead(variables, inputs, text[None, number + 1 :][:, :ROOM], number)
+        text[len(known) + step] = best(variables, vectors[0, last])
+    return text[len(known) :][:length].tolist()
+
+
+@pytest.mark.parametrize(("num_ahead", "length"), [(1, 3), (3, 5)])
+def test_modules_guess_what_they_say_of_the_whole_text(num_ahead, length):
+    """Whatever was guessed and refused before, and with prompts shorter than modules are many."""
+    model, variables = deepseek(num_ahead)
+    draft = ModuleDraft(model, variables, length)
+    rng, rounds, prompts = np.random.default_rng(0), (1, 2, 1, length + 1, 2), (1, 4)
+    start, most = max(prompts), max(prompts) + 1 + sum(rounds)
+    texts = [rng.integers(0, VOCABULARY, most - start + prompt) for prompt in prompts]
+    rows = np.stack([np.pad(text, (most - len(text), length + 1)) for text in texts])
+    padding = jnp.asarray(start - np.array(prompts))
+    read = readers(model)[0]
+    hidden = np.zeros((len(prompts), rows.shape[1], model.width), np.float32)
+    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        hidden[row, start - prompt : most] = read(variables, text[None])[0][0]
+
+    def certain(number):
+        return Text(jnp.asarray(rows), jnp.int32(number), padding)
+
+    @jax.jit
+    def advance(memory, number, vectors, count):
+        memory = draft.follow(memory, certain(number), vectors, count)
+        return draft.propose(memory, certain(number), rule(0.0), None)
+
+    number = start + 1
+    memory = draft.start(certain(number), None, jnp.asarray(hidden[:, :start]), rows.shape[1])
+    guesses, memory = draft.propose(memory, certain(number), rule(0.0), None)
+    seen = set()
+    for count in rounds:
+        for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+            known = text[: number - start + prompt]
+            wanted = modules_by_definition(model, variables, known, length)
+            assert guesses.tokens[row].tolist() == wanted
+            seen.update(wanted)
+        vectors = hidden[:, number - 1 : number + length].copy()
+        vectors[:, count:] = 100.0  # of guesses that were refused
+        number += count
+        guesses, memory = advance(memory, number, jnp.asarray(vectors), count)
+    assert len(seen) > 2

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding.draft_cases import TREE, VOCABULARY, case, made, medusa_heads, whole
+from decoding.draft_cases import TREE, VOCABULARY, case, deepseek, made, medusa_heads, whole
 
 from jaxmodels.decoding.drafts import ModelDraft, NgramDraft
 from jaxmodels.decoding.generate import NO_TOKEN
-from jaxmodels.decoding.head_drafts import MedusaDraft, MultiTokenDraft
+from jaxmodels.decoding.head_drafts import MedusaDraft, ModuleDraft, MultiTokenDraft
 from jaxmodels.decoding.rounds import _begin, _write
 from jaxmodels.decoding.speculative import acceptance, speculative_generate, tokens_a_round
 from jaxmodels.models.language.decoder import Decoder
@@ -19,7 +19,7 @@ from jaxmodels.models.language.gpt2 import GPT2
 from jaxmodels.ops.candidate_tree import chain
 
 # Of the other kinds, those below make greedy text too.
-GREEDY = ("itself", "recurrent model", "n-gram", "module", "multi_token", "medusa tree")
+GREEDY = ("itself", "recurrent model", "n-gram", "module", "modules", "multi_token", "medusa tree")
 PROMPTS = ([3, 1, 4, 1, 5], [6], [2, 6])
 NEW = 14
 
@@ -191,6 +191,11 @@ def test_bad_input(change, message):
     options.pop("model", None)
     with pytest.raises(ValueError, match=message):
         speculative_generate(model, variables, prompts, draft, max_new_tokens=4, **options)
+
+
+def test_a_draft_of_modules_needs_one():
+    with pytest.raises(ValueError, match=r"ModuleDraft: the model has num_ahead=0 modules"):
+        ModuleDraft(deepseek(1)[0].clone(num_ahead=0), {})
 
 
 def test_heads_must_reach_as_deep_as_the_tree():
