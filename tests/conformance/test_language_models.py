@@ -216,9 +216,6 @@ def test_padding_does_not_enter_the_balance_of_experts(family):
     model, variables = small(FAMILIES[family])
     if family == "Mixtral":
         model = model.clone(balance_coefficient=0.25)
-    else:
-        # A module that looks ahead reads the token after the last one, which is padding.
-        model = model.clone(num_ahead=0)
     model_state = {kind: tree for kind, tree in variables.items() if kind != "params"}
     padding, ids = 4, jnp.ones((BATCH, LENGTH), int).at[:, -4:].set(0)
     batch = {"targets": tokens(1), "weights": 1.0 * ids, "segment_ids": ids}

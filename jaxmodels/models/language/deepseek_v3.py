@@ -30,6 +30,7 @@ from jaxmodels.models.language.language_model import (
 )
 from jaxmodels.models.language.multi_token import targets_ahead
 from jaxmodels.ops.cross_entropy import chunked_cross_entropy
+from jaxmodels.ops.segments import document_index
 from jaxmodels.registry import register_model
 
 _INIT = nn.initializers.normal(0.006)
@@ -234,7 +235,8 @@ class DeepseekV3(LanguageModel):
         found = [self.hidden(tokens, positions, segment_ids, None, train)[0]]
         for k in range(1, self.num_ahead + 1):
             first = slice(length - k)
-            places, ids = (None if x is None else x[:, first] for x in (positions, segment_ids))
+            places = None if positions is None else positions[:, first]
+            ids = None if segment_ids is None else _ids_ahead(segment_ids, k)
             before = found[-1][:, first]
             found.append(
                 self.predict_ahead(before, tokens[:, k:], k - 1, places, ids, None, train)[0]
@@ -337,6 +339,17 @@ class DeepseekV3(LanguageModel):
             dtype=self.dtype,
             parent=None,
         )
+
+
+def _ids_ahead(segment_ids: Int[Array, "B T"], ahead: int) -> Int[Array, "B _"]:
+    """Documents of the first T - ahead places, below zero where experts count nothing.
+
+    That is padding, and places whose token `ahead` further on is not of their document.
+    """
+    documents = document_index(segment_ids)
+    here, there = documents[:, :-ahead], documents[:, ahead:]
+    counted = (here == there) & (segment_ids[:, :-ahead] != 0)
+    return jnp.where(counted, here + 1, -here - 1)
 
 
 @register_model

@@ -20,8 +20,8 @@ class DecoderBlock(nn.Module):
 
     Attributes:
       mixer: a sequence mixer.
-      mlp: a feed-forward, any module from (B, T, D) to (B, T, D). Experts do not count
-        what has segment id 0, which is padding.
+      mlp: a feed-forward, any module from (B, T, D) to (B, T, D). Experts count
+        what has a segment id above 0, which padding has not.
       norm: "rms" or "layer".
       norm_eps: added to the mean square or the variance.
       dtype: of the computation.
@@ -48,7 +48,7 @@ class DecoderBlock(nn.Module):
         x = x + h
         h = make_norm(self.norm, self.norm_eps, self.dtype, "mlp_norm")(x)
         if isinstance(self.mlp, MixtureOfExperts) and segment_ids is not None:
-            return x + self.mlp(h, segment_ids != 0), state
+            return x + self.mlp(h, segment_ids > 0), state
         return x + self.mlp(h), state
 
 
