@@ -1,5 +1,7 @@
 """Generated text against `transformers`, and against runs without any cache."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,6 +208,20 @@ def test_streams_each_step_and_ends_when_all_rows_have():
     for row, length in zip(np.asarray(out.tokens), lengths, strict=True):
         assert row[length - 1] in (2, 4) and not np.isin(row[: length - 1], (2, 4)).any()
         assert (row[length:] == NO_TOKEN).all()
+
+
+def test_the_compiled_loop_takes_no_step_after_all_rows_have_ended(monkeypatch):
+    model, variables = flat_model()
+    loops = []
+
+    def write(*args):
+        loops.append(_write(*args))
+        return loops[-1]
+
+    monkeypatch.setattr(importlib.import_module("jaxmodels.decoding.generate"), "_write", write)
+    options = {"temperature": 1.0, "key": jax.random.key(3), "stop_tokens": [2, 4]}
+    out = generate(model, variables, [[1, 2]] * 3, max_new_tokens=41, **options)
+    assert loops[0].step == out.lengths.max() < 41
 
 
 def test_what_a_listener_raises_comes_out():
