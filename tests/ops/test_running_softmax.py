@@ -63,6 +63,35 @@ def test_decayed_weights_are_the_softmax_of_the_tokens_so_far(segmented, scale):
     np.testing.assert_allclose(log_sum, expected + x[:, start:].max(1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 128, 131, 300])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_many_tokens_and_gradients_against_float64(length, segmented):
+    """Chunks that are full and not, documents within one, across several and of one token."""
+    rng = np.random.default_rng(length)
+    x, given = 3 * rng.normal(size=(2, 2, length, 2, 3))
+    starts = (rng.random((2, length)) < 0.03) | (np.arange(length) % 131 == 70) * segmented
+    ids = np.cumsum(starts & segmented, axis=1)
+    before = np.tril(np.ones((length, length), bool))
+    same = (ids[:, :, None] == ids[:, None, :]) & before  # (B, T, S): s is in the sum of t
+    terms = np.where(same[..., None, None], np.exp(x)[:, None], 0)
+    sums = terms.sum(axis=2)
+    wanted = (given[:, :, None] * terms / sums[:, :, None]).sum(axis=1)
+
+    @jax.jit
+    def run(x, given, ids):
+        def sums(x):
+            weights, _, _ = running_softmax(x, EMPTY[:, :2, :3], ids)
+            return x - jnp.log(weights)
+
+        found, pull_back = jax.vjp(sums, x)
+        return found, pull_back(given)[0]
+
+    ids = jnp.asarray(ids) if segmented else None
+    found, gradient = run(*(jnp.asarray(a, jnp.float32) for a in (x, given)), ids)
+    np.testing.assert_allclose(found, np.log(sums), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("segmented", [False, True])
 def test_gradients_are_finite_from_an_empty_start(segmented):
     ids = jnp.asarray(SEGMENTS) if segmented else None
