@@ -9,9 +9,9 @@ Measured  Time and memory of the forward and backward pass of one layer of every
           registered mixer, batch 1, against sequence length, in one process, the
           lengths of a mixer in turn. Memory is what XLA says the compiled program
           holds at its peak beside its inputs. A mixer's time exponent is fitted
-          over lengths of 2,048 and more; its crossover is the length from which
+          over lengths of 2,048 to 16,384; its crossover is the length from which
           it is faster than softmax attention.
-Run       python experiments/attention_scaling.py             (about 10 min on 2 CPU cores)
+Run       python experiments/attention_scaling.py             (about 15 min on 2 CPU cores)
           python experiments/attention_scaling.py --mixers softmax gla --lengths 256 1024
           python experiments/attention_scaling.py --help
 """
@@ -32,15 +32,15 @@ from jaxmodels.registry import module_fields
 from jaxmodels.training.experiment import Result, run
 from jaxmodels.training.files import write_json
 
-# Lengths from which growth is fitted: below, fixed costs count.
-_FITTED_FROM = 2048
+# Lengths between which growth is fitted: below, fixed costs count.
+_FITTED = 2048, 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every default of the experiment; each field is a flag."""
 
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
     width: int = 256
     """Of the model."""
     num_heads: int = 4
@@ -125,7 +125,9 @@ def build(config: Config, name: str, length: int):
 
 def exponent(cost: dict[str, list[float]], of: str = "seconds") -> float | None:
     """The p of time ~ length^p, by least squares over long sequences; None with too few."""
-    pairs = [(t, y) for t, y in zip(cost["length"], cost[of], strict=True) if t >= _FITTED_FROM]
+    first, last = _FITTED
+    measured = zip(cost["length"], cost[of], strict=True)
+    pairs = [(t, y) for t, y in measured if first <= t <= last]
     if len(pairs) < 2:
         return None
     return float(np.polyfit(*np.log(np.asarray(pairs, float)).T, 1)[0])

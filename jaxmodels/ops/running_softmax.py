@@ -108,7 +108,7 @@ def _log_sums(logits: Float[Array, "T *B"], starts: Bool[Array, "T *#B"]) -> Flo
 
     # Added to the sum of what was before a start, it leaves nothing of that.
     hides = jnp.where(starts, EMPTY_LOG_SUM, 0.0)
-    tokens = _split(logits, EMPTY_LOG_SUM), _split(hides, 0.0)
+    tokens = _split(logits), _split(hides)
     nothing = jnp.full_like(tokens[0][0], EMPTY_LOG_SUM), jnp.zeros_like(tokens[1][0])
     last, within = lax.scan(add, nothing, tokens)
     # Not a scan by halves, which XLA would compute anew for every token of a chunk.
@@ -128,8 +128,7 @@ def _log_sums_backward(saved, cotangent):
     later_t = g_t + exp(L_t - L_(t+1)) later_(t+1),   dl_t = exp(l_t - L_t) later_t
     """
     logits, starts, sums = saved
-    decay = jnp.exp(jnp.minimum(sums[:-1] - sums[1:], 0.0))
-    decay = jnp.where(starts[1:], 0.0, decay)
+    decay = jnp.where(starts[1:], 0.0, jnp.exp(sums[:-1] - sums[1:]))
     decay = jnp.concatenate([decay, jnp.zeros_like(sums[:1])])
 
     def add(carry, token):
@@ -140,21 +139,21 @@ def _log_sums_backward(saved, cotangent):
     def hand_on(later, first):
         return first[0] + first[1] * later, later
 
-    tokens = _split(cotangent, 0.0), _split(decay, 0.0)
+    tokens = _split(cotangent), _split(decay)
     nothing = jnp.zeros_like(tokens[0][0]), jnp.ones_like(tokens[1][0])
     first, (within, through) = lax.scan(add, nothing, tokens, reverse=True)
     after = lax.scan(hand_on, nothing[0][0], first, reverse=True)[1]
     later = _join(within + through * after[None], len(logits))
-    return jnp.exp(jnp.minimum(logits - sums, 0.0)) * later, None
+    return jnp.exp(logits - sums) * later, None
 
 
 _log_sums.defvjp(_log_sums_forward, _log_sums_backward)
 
 
-def _split(x: Array, fill: float) -> Array:
-    """(T, ...) to (chunk size, chunks, ...), the last chunk filled up."""
+def _split(x: Array) -> Array:
+    """(T, ...) to (chunk size, chunks, ...), the last chunk filled up with zeros."""
     size = min(_CHUNK_SIZE, len(x))
-    x = jnp.pad(x, ((0, -len(x) % size), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+    x = jnp.pad(x, ((0, -len(x) % size), *((0, 0),) * (x.ndim - 1)))
     return x.reshape(-1, size, *x.shape[1:]).swapaxes(0, 1)
 
 
