@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -100,7 +100,7 @@ def published_detector(name: Name, *, num_classes: int, channels: int) -> Detect
 
 
 def pretrained_detector(
-    name: Name, source: str, *, num_classes: int, seed: int
+    name: Name, source: str, *, num_classes: int, seed: int, classes: Sequence[int] | None = None
 ) -> tuple[Detector, dict[str, Any]]:
     """The method at its published size, with what there is of weights to start from.
 
@@ -110,6 +110,7 @@ def pretrained_detector(
         R-CNN, which "faster_rcnn_fpn" alone can start from.
       num_classes: of the data.
       seed: of the random weights of what a ResNet has not.
+      classes: of the file, those that the data's are; None begins with new ones.
 
     Returns:
       The detector and its variables; it takes `weights.torchvision_images`.
@@ -120,7 +121,12 @@ def pretrained_detector(
                 f"pretrained={source}: a file is torchvision's Faster R-CNN, not a {name}; take "
                 f"--model faster_rcnn_fpn, or a folder of a ResNet"
             )
-        return weights.load_torchvision_detector(source, num_classes=num_classes)
+        return weights.load_torchvision_detector(source, num_classes=num_classes, classes=classes)
+    if classes is not None:
+        raise ValueError(
+            f"pretrained={source}: a ResNet knows no boxes; leave same_classes out, or give the "
+            f"file of torchvision's Faster R-CNN"
+        )
     trained = load_pretrained(source, num_classes=0)
     model = published_detector(name, num_classes=num_classes, channels=3)
     images = jnp.zeros((1, 128, 128, 3))

@@ -82,6 +82,8 @@ class Config:
     pretrained: str = ""
     """What the model, at its published size, starts from: a ResNet's folder or name on the
     Hub, such as microsoft/resnet-50, or the file of torchvision's Faster R-CNN."""
+    same_classes: bool = False
+    """That file's labels are the data's category ids, as in COCO: what it knows of them stays."""
     train_scales: tuple[float, ...] = (1.0,)
     """Sizes of images that steps draw from."""
     test_scales: tuple[float, ...] = (1.0,)
@@ -110,7 +112,7 @@ def main(config: Config, folder: Path) -> Result:
         config = dataclasses.replace(config, steps=steps)
     check(config)
     train_set, test_set, channels = load_data(config)
-    model, variables = make_model(config, len(train_set.class_names), channels)
+    model, variables = make_model(config, train_set, channels)
     variables, seconds = train_detector(
         config,
         model,
@@ -145,6 +147,8 @@ def check(config: Config) -> None:
             f"train_scales={config.train_scales} and test_scales={config.test_scales} must be "
             "positive numbers"
         )
+    if config.same_classes and not config.pretrained:
+        raise ValueError("same_classes: there are none without pretrained; pass both, or neither")
     for name in ("steps", "test_scenes", "width"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
@@ -176,18 +180,24 @@ def read_voc(folder: Path, split: str, **options) -> data.DetectionDataset:
 
 
 def make_model(
-    config: Config, num_classes: int, channels: int
+    config: Config, dataset: data.Dataset, channels: int
 ) -> tuple[Detector, dict[str, Any] | None]:
     """The detector, and the variables it starts from or None."""
-    fields = {"num_classes": num_classes, "channels": channels}
+    fields = {"num_classes": len(dataset.class_names), "channels": channels}
     if config.pretrained:
         if channels != 3:
             raise ValueError(
                 f"pretrained={config.pretrained}: trained models see colour, the images have "
                 f"{channels} channel"
             )
+        # Their labels begin with the background.
+        kept = [n - 1 for n in dataset.category_ids] if config.same_classes else None
         return pretrained_detector(
-            config.model, config.pretrained, num_classes=num_classes, seed=config.seed
+            config.model,
+            config.pretrained,
+            num_classes=len(dataset.class_names),
+            seed=config.seed,
+            classes=kept,
         )
     if config.published:
         return published_detector(config.model, **fields), None

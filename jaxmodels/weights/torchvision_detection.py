@@ -8,7 +8,7 @@ their label is our class plus one.
 import pickle
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,11 @@ _OLDER = {
 
 
 def load_torchvision_detector(
-    path: str | Path, *, norm_epsilon: float = _EPSILON, **overrides: Any
+    path: str | Path,
+    *,
+    classes: Sequence[int] | None = None,
+    norm_epsilon: float = _EPSILON,
+    **overrides: Any,
 ) -> tuple[FasterRCNN, dict]:
     """Reads a state dict of torchvision's `fasterrcnn_resnet50_fpn`.
 
@@ -57,24 +61,28 @@ def load_torchvision_detector(
     Args:
       path: a .safetensors file, or a .pth or .pt file, which needs torch and is read
         with `weights_only=True`: nothing in it is run.
+      classes: of the file, those to keep, in this order; background is not counted.
+        The published file has a class for each number up to 90, of which COCO uses 80
+        as category ids: for its data pass `[id - 1 for id in dataset.category_ids]`.
       norm_epsilon: that the frozen norms had; torchvision's is 1e-5, except for the
         published file `fasterrcnn_resnet50_fpn_coco-258fb6c6.pth`, which has 0. Another
         than 1e-5 is folded into the scales.
       **overrides: fields of `faster_rcnn_resnet50_fpn`. A `num_classes` other than the
-        file's gives the box branch new last layers, of zeros, to fine-tune.
+        file's, or than there are `classes`, gives the box branch new last layers, of
+        zeros, to fine-tune.
 
     Returns:
       The module, and its variables with float32 parameters, as `init` would return them.
 
     Raises:
       ValueError: not such a file, torch is not there for it, or tensors do not fit
-        (every missing, extra or misshapen one is listed).
+        (every missing, extra or misshapen one is listed); or no such class.
     """
     path = Path(path)
     tensors = _read(path)
-    classes = len(tensors[_CLASSIFIER]) - 1 if _CLASSIFIER in tensors else 90
-    wanted = overrides.pop("num_classes", classes)
-    model = faster_rcnn_resnet50_fpn(num_classes=classes, **overrides)
+    count = len(tensors[_CLASSIFIER]) - 1 if _CLASSIFIER in tensors else 90
+    wanted = overrides.pop("num_classes", count if classes is None else len(classes))
+    model = faster_rcnn_resnet50_fpn(num_classes=count, **overrides)
     shapes, tables, expected = _shapes(model), _tables(model), {}
     for collection, rows in tables.items():
         expected |= expected_tensors(rows, shapes[collection], model)
@@ -82,7 +90,11 @@ def load_torchvision_detector(
     check_shapes(f"load_torchvision_detector: {path}", expected, found)
     variables = {name: import_tensors(rows, tensors, model) for name, rows in tables.items()}
     variables = _with_scales(variables, (_EPSILON, norm_epsilon))
-    if wanted != classes:
+    if classes is not None:
+        variables["params"] |= _of_classes(variables["params"], classes, count)
+        count = len(classes)
+        model = model.clone(num_classes=count)
+    if wanted != count:
         model = model.clone(num_classes=wanted)
         new = _shapes(model)["params"]
         for name in ("classify", "refine"):
@@ -149,6 +161,22 @@ def torchvision_images(
 def _shapes(model: FasterRCNN) -> dict:
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def _of_classes(params: Mapping, classes: Sequence[int], count: int) -> dict:
+    """The box branch's last layers with the background and some classes alone."""
+    if not classes or len({*classes}) < len(classes) or not all(0 <= c < count for c in classes):
+        raise ValueError(
+            f"load_torchvision_detector: classes={list(classes)} must be different numbers of the "
+            f"file's classes, 0 to {count - 1}"
+        )
+    kept = [0, *(c + 1 for c in classes)]
+
+    def rows(x):
+        x = np.asarray(x)
+        return x.reshape(*x.shape[:-1], count + 1, -1)[..., kept, :].reshape(*x.shape[:-1], -1)
+
+    return {name: jax.tree.map(rows, params[name]) for name in ("classify", "refine")}
 
 
 def _units(body: ResNet) -> Iterator[tuple[str, str, str]]:

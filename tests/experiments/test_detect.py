@@ -1,10 +1,12 @@
 """The script that trains detectors: what it is given, a run of two steps, and misuse."""
 
+import dataclasses
 import itertools
 import json
 import runpy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +143,8 @@ def test_starts_from_a_pretrained_resnet(script, tmp_path):
     variables = jax.jit(classifier.init)(jax.random.key(1), images)
     save_pretrained(classifier, variables, tmp_path / "resnet")
     config = script["Config"](model="centernet", pretrained=str(tmp_path / "resnet"))
-    model, start = script["make_model"](config, 7, 3)
+    pictures = SimpleNamespace(class_names=("a",) * 7)
+    model, start = script["make_model"](config, pictures, 3)
     assert model == create_model("centernet_resnet18", num_classes=7)
 
     @jax.jit
@@ -198,7 +201,20 @@ def test_a_file_is_torchvisions_faster_rcnn(monkeypatch):
     with pytest.raises(ValueError, match="a file is torchvision's Faster R-CNN, not a fcos; take"):
         load("fcos")
     monkeypatch.setattr(weights, "load_torchvision_detector", lambda *given, **to: (given, to))
-    assert load("faster_rcnn_fpn") == (("a.pth",), {"num_classes": 4})
+    want = {"num_classes": 4, "classes": None}
+    assert load("faster_rcnn_fpn") == (("a.pth",), want)
+
+
+def test_labels_of_a_file_are_category_ids_if_one_says_so(script, monkeypatch):
+    """Theirs begin with the background, and COCO's ids have gaps."""
+    monkeypatch.setattr(weights, "load_torchvision_detector", lambda *given, **to: (given, to))
+    coco = SimpleNamespace(class_names=("person", "sheep", "toothbrush"), category_ids=(1, 20, 90))
+    config = script["Config"](model="faster_rcnn_fpn", pretrained="a.pth", same_classes=True)
+    want = {"num_classes": 3, "classes": [0, 19, 89]}
+    assert script["make_model"](config, coco, 3) == (("a.pth",), want)
+    config = dataclasses.replace(config, pretrained="resnet")
+    with pytest.raises(ValueError, match="pretrained=resnet: a ResNet knows no boxes"):
+        script["make_model"](config, coco, 3)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +225,7 @@ def test_a_file_is_torchvisions_faster_rcnn(monkeypatch):
         (("--data", "voc:nowhere"), "voc_detection: "),
         (("--test-scales", "0"), "test_scales=(0.0,) must be positive"),
         (("--steps", "0"), "steps=0 must be at least 1"),
+        (("--same-classes",), "same_classes: there are none without pretrained"),
         (("--published",), "published models see colour, the images have 1"),
         (("--pretrained", "somewhere"), "pretrained=somewhere: trained models see colour"),
         (("--canvas", "7"), "digit_scenes: canvas=(7, 7) is smaller than a digit"),

@@ -233,6 +233,30 @@ def test_another_number_of_classes_has_new_last_layers(pair):
     chex.assert_trees_all_equal(fresh["params"], old)
 
 
+def test_some_classes_keep_what_they_have_learnt(pair):
+    _, path, model, variables = pair
+    fewer, found = load_torchvision_detector(path, classes=[3, 0], **OURS)
+    assert fewer == model.clone(num_classes=2)
+    file, labels = load_file(path), [0, 4, 1]
+    for ours, theirs, numbers in (("classify", "cls_score", 1), ("refine", "bbox_pred", 4)):
+        layer = found["params"].pop(ours)
+        for name, array in (("kernel", layer["kernel"].T), ("bias", layer["bias"])):
+            name = "weight" if name == "kernel" else name
+            whole = file[f"roi_heads.box_predictor.{theirs}.{name}"]
+            kept = whole.reshape(5, numbers, *whole.shape[1:])[labels]
+            np.testing.assert_array_equal(array, kept.reshape(-1, *whole.shape[1:]))
+    rest = {k: v for k, v in variables["params"].items() if k not in ("classify", "refine")}
+    chex.assert_trees_all_equal(found["params"], rest)
+    fresh = load_torchvision_detector(path, classes=[3, 0], num_classes=5, **OURS)
+    assert fresh[0].num_classes == 5 and not fresh[1]["params"]["classify"]["kernel"].any()
+
+
+@pytest.mark.parametrize("classes", [[], [1, 1], [4], [-1]])
+def test_classes_that_the_file_has_not(pair, classes):
+    with pytest.raises(ValueError, match=r"classes=\[.*\] must be different .*, 0 to 3"):
+        load_torchvision_detector(pair[1], classes=classes, **OURS)
+
+
 def test_images_are_normalised_as_theirs():
     pixels = np.random.default_rng(2).uniform(0, 1, (2, 5, 7, 3)).astype(np.float32)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
