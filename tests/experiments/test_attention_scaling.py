@@ -1,5 +1,6 @@
 """The scaling experiment: its arithmetic against known curves, and a short run of it."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -42,6 +43,16 @@ def test_the_claim_follows_the_numbers():
     assert not SCRIPT["conclude"]({**costs, "gla": cost(1.0, 1e-9)}).holds
     assert not SCRIPT["conclude"]({**costs, "flash": cost(1.0, 1e-4)}).holds
     assert not SCRIPT["conclude"]({"linear": cost(1.0, 1e-5)}).holds
+
+
+def test_what_takes_too_long_is_measured_once_and_not_tried_on_longer_sequences():
+    config = SCRIPT["Config"](lengths=(16, 32, 64), width=8, num_heads=1, head_dim=8)
+    measure = SCRIPT["measure"]
+    whole = measure(config, "linear")
+    assert whole["length"] == [16, 32, 64] and min(whole["seconds"]) > 0
+    given_up = measure(dataclasses.replace(config, max_seconds=0.0), "linear")
+    assert given_up["length"] == [16] and len(given_up["seconds"]) == 1
+    assert given_up["bytes"] == whole["bytes"][:1]
 
 
 def test_a_short_run_writes_what_it_promises(launch, tmp_path):
