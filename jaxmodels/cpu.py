@@ -19,15 +19,17 @@ def tune() -> None:
 
     XLA allocates large temporaries afresh and glibc hands them back to the
     kernel, so every use pays for page faults: `a + 1` on 256 MB takes 62 ms
-    before and 20 ms after. Does nothing on other systems. Call it before the
-    first JAX computation; calling it twice is harmless.
+    before and 20 ms after, and on 2.4 GB of a virtual machine 5 s and 0.12 s.
+    Memory that was once needed stays with the process. Does nothing on other
+    systems. Call it before the first JAX computation; calling it twice is harmless.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_ARENA_MAX, 1)
     libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # Never: the largest number that it takes, 2 GB, is less than many a step holds.
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
     libc.mallopt(_M_TOP_PAD, 256 << 20)
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_prefer_vector_width" not in flags and _has_avx512():
