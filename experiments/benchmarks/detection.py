@@ -6,7 +6,8 @@ Aim       exact non-maximum suppression of 2,000 and 10,000 boxes: at least 8 ti
           at least twice the speed of torch's grid_sample and avg_pool2d
 Measured  in turns, in float32, in processes of their own: boxes thrown over an image, of
           which most are kept ("sparse"), and 50 around each object ("crowded"), at two
-          thresholds; RoIAlign forward, and forward with the gradient of the map, torch
+          thresholds, also with all cores for XLA, whose threads wait for each other longer
+          than they compute; RoIAlign forward, and forward with the gradient of the map, torch
           in both memory layouts. COCO's evaluation is in `detection_coco.py`
 Run       python experiments/benchmarks/detection.py         (about 4 min on 2 CPU cores)
           python experiments/benchmarks/detection.py --parts roi_align
@@ -85,6 +86,13 @@ def boxes_and_scores(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def jaxmodels_nms(scene: Scene):
+    """On one core, as torch is: XLA has as many threads as the process has cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return jaxmodels_nms_all_cores(scene)
+
+
+def jaxmodels_nms_all_cores(scene: Scene):
     from jaxmodels import cpu
 
     cpu.tune()
@@ -238,6 +246,7 @@ def main(config: Config) -> None:
     if "nms" in config.parts:
         contenders = {
             "jaxmodels": jaxmodels_nms,
+            "all cores": jaxmodels_nms_all_cores,
             "numpy loop": numpy_loop,
             "torch loop": torch_loop,
         }

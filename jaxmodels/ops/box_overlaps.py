@@ -52,6 +52,29 @@ def iou(boxes: Float[Array, "*#B 4"], others: Float[Array, "*#B 4"]) -> Float[Ar
     return _quotient(shared, _union(boxes, others, shared))
 
 
+def column_iou(
+    box: Float[Array, "4"],
+    x1: Float[Array, "N"],
+    y1: Float[Array, "N"],
+    x2: Float[Array, "N"],
+    y2: Float[Array, "N"],
+    areas: Float[Array, "N"],
+) -> Float[Array, "N"]:
+    """`iou` of one box with many whose coordinates lie apart, in half the instructions.
+
+    Bit for bit that of `iou` where it is above zero; at most zero elsewhere, also where
+    a coordinate is NaN. For loops that compare it with a threshold; it has no useful gradient.
+    """
+    # Comparisons: maxima that must pass on NaN take CPUs three instructions, these one.
+    right, bottom = jnp.where(box[2] < x2, box[2], x2), jnp.where(box[3] < y2, box[3], y2)
+    left, top = jnp.where(box[0] > x1, box[0], x1), jnp.where(box[1] > y1, box[1], y1)
+    width = right - left
+    # Of two negative lengths one may stay so, as their product is not above zero then.
+    shared = jnp.where(width > 0, width, 0) * (bottom - top)
+    union = box_area(box) + areas - shared
+    return jnp.where(union > _EMPTY, shared / union, 0)
+
+
 def generalized_iou(
     boxes: Float[Array, "*#B 4"], others: Float[Array, "*#B 4"]
 ) -> Float[Array, "*#B"]:

@@ -152,6 +152,22 @@ def test_degenerate_boxes_have_finite_values_and_gradients():
     np.testing.assert_array_equal(same[:4], 0)
 
 
+def test_of_columns_is_that_of_boxes_bit_for_bit():
+    """`iou` is held against others above; this form differs only where nothing is shared."""
+    rng = np.random.default_rng(0)
+    fine = draw(0, 301).astype(np.float32)
+    whole = rng.integers(-3, 4, (301, 4)).astype(np.float32)  # turned, empty and side by side
+    strange = np.where(rng.uniform(size=(301, 4)) < 0.2, np.nan, 1e-6 * whole).astype(np.float32)
+    apply, compare = jax.jit(ops.column_iou), jax.jit(ops.pairwise_iou)
+    for boxes in (fine, whole, strange):
+        columns, areas = boxes.T, ops.box_area(jnp.asarray(boxes))
+        for box in boxes[np.isfinite(boxes).all(axis=1)][:40]:
+            found, expected = apply(box, *columns, areas), compare(box[None], boxes)[0]
+            shared = np.asarray(expected) > 0
+            np.testing.assert_array_equal(found[shared], expected[shared])
+            assert (found[~shared] <= 0).all()
+
+
 def test_distant_boxes_are_pulled_together():
     """Where IoU is 0 with no gradient, a step up the others' gradient raises them."""
     box, target = jnp.array([0.0, 0, 2, 3]), jnp.array([20.0, 10, 25, 17])

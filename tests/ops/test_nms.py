@@ -69,23 +69,29 @@ def test_is_the_sequential_definition(seed, side, strange, threshold):
 def test_in_many_rounds_and_on_accelerators(monkeypatch, device):
     """Blocks smaller than the boxes: what is kept in one must silence boxes of the next."""
     monkeypatch.setattr(module, "_BLOCK", 5)
+    monkeypatch.setattr(module, "_BLOCK_ON_CPU", 5)
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
     monkeypatch.setattr(module, "_MANY", 8)
     monkeypatch.setattr(module, "platform", lambda: device)
 
     @jax.jit
     @jax.vmap
-    def apply(boxes, scores, valid):
-        return nms(boxes, scores, 0.5, valid=valid)
+    def apply(boxes, scores, classes, valid):
+        together = nms(boxes, scores, 0.5, valid=valid)
+        return together, class_wise_nms(boxes, scores, classes, 0.5, valid=valid)
 
     rng = np.random.default_rng(0)
     for _ in range(20):
         boxes = rng.integers(0, 9, size=(3, COUNT, 4)).astype(np.float32)
         scores = rng.integers(0, 5, size=(3, COUNT)).astype(np.float32)
+        classes = rng.integers(0, 2, size=(3, COUNT), dtype=np.int32)
         valid = rng.uniform(size=(3, COUNT)) < 0.9
-        found = apply(boxes, scores, valid)
+        together, apart = apply(boxes, scores, classes, valid)
         for image in range(3):
-            expected = greedy(boxes[image], scores[image], 0.5, valid=valid[image])
-            np.testing.assert_array_equal(found[image], expected)
+            parts = boxes[image], scores[image], 0.5
+            np.testing.assert_array_equal(together[image], greedy(*parts, valid=valid[image]))
+            expected = greedy(*parts, classes[image], valid[image])
+            np.testing.assert_array_equal(apart[image], expected)
 
 
 def test_more_boxes_than_a_block_and_a_chain_through_all():
