@@ -1,5 +1,7 @@
 """Depthwise convolution against torch and against lax, and that the CPU's form is used."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,35 @@ def test_rows_longer_than_a_block_of_columns(stride, monkeypatch):
     monkeypatch.setattr(depthwise, "_COLUMNS", 4)
     x, kernel = arrays((2, 5, 23, 3), (3, 5, 3))
     check(x, kernel, stride=(1, stride), dilation=(1, 2), padding=((1, 1), (3, 2)))
+
+
+@pytest.fixture
+def small_cache(monkeypatch):
+    """Channels in blocks of two, in passes of six taps."""
+    monkeypatch.setattr(depthwise, "_CACHE", 0)
+    monkeypatch.setattr(depthwise, "_LANES", 2)
+    monkeypatch.setattr(depthwise, "_TAPS", 6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(5, 2), (2, 7), (3, 3)])
+def test_kernel_that_fills_the_cache(small_cache, size, stride):
+    x, kernel = arrays((2, 11, 13, 6), (*size, 6))
+    check(x, kernel, stride=(stride, 1), dilation=(1, 2), padding=((1, 1), (3, 2)))
+    apply = partial(depthwise_convolution, stride=stride)
+    many = jax.vmap(apply, (0, None))(jnp.asarray(x)[:, None], jnp.asarray(kernel))
+    np.testing.assert_allclose(many[:, 0], apply(jnp.asarray(x), jnp.asarray(kernel)), atol=1e-6)
+
+
+def test_kernel_that_fills_the_cache_on_a_mesh(small_cache):
+    """What devices share stays where it is: to store it anew XLA would gather it."""
+    x, kernel = arrays((8, 7, 7, 4), (3, 3, 4))
+    alone = depthwise_convolution(jnp.asarray(x), jnp.asarray(kernel))
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        apart = jax.device_put(x, jax.P("data"))
+        step = jax.jit(lambda x, kernel: depthwise_convolution(x, kernel))
+        assert "all-gather" not in step.lower(apart, kernel).compile().as_text()
+        np.testing.assert_allclose(step(apart, kernel), alone, atol=1e-6)
 
 
 def test_form_of_accelerators_is_the_same(monkeypatch):
