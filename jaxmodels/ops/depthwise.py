@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxmodels.ops.mesh_axes import AXES, axis_size
 from jaxmodels.ops.platform import platform
+from jaxmodels.ops.stored import stored
 from jaxmodels.ops.windows import Padding, Pair, padding_pairs, pair, window_counts
 
 _Sides: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
@@ -117,7 +117,7 @@ def _sum_of_shifts(padded, kernel, strides, dilations):
         "depthwise_convolution", padded_size, taps, strides, ((0, 0), (0, 0)), dilations
     )
     lanes, passes = _blocks(kernel, high.itemsize)
-    keep = _stored if passes else (lambda array: array)
+    keep = stored if passes else (lambda array: array)
     blocks = channels // lanes, lanes
     padded = keep(jnp.moveaxis(padded.reshape(batch, *padded_size, *blocks), 3, 0))
     weights = keep(jnp.moveaxis(kernel.astype(high).reshape(*taps, *blocks), 2, 0))
@@ -140,18 +140,10 @@ def _blocks(kernel, itemsize: int) -> tuple[int, int]:
     """How many channels at once, and in how many passes over the kernel's rows; 0 is as ever."""
     high, wide, channels = kernel.shape
     fits = 2 * kernel.size * itemsize <= _CACHE
-    # XLA would gather an array that is split among devices before it stored it anew.
+    # Split among devices, arrays are not stored anew.
     if fits or channels % _LANES or axis_size(*AXES) > 1:
         return channels, 0
     return _LANES, -(-high // max(1, _TAPS // wide))
-
-
-def _stored(array):
-    """An array of its own in memory, its axes in this order.
-
-    Without it XLA joins what makes the array with what reads it, and chooses the order.
-    """
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def _input_gradient(g, shape, kernel, strides, sides, dilations):

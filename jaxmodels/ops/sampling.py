@@ -1,7 +1,5 @@
 """Pictures between their pixels: bilinear sampling at any points."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +7,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.ops.checks import require_shape
 from jaxmodels.ops.platform import platform
+from jaxmodels.ops.stored import stored
+
+# Channels that are summed side by side in the gradient of the weights.
+_LANES = 32
 
 PADDING_MODES = ("zeros", "border", "reflection", "symmetric")
 
@@ -60,7 +62,7 @@ def bilinear_sample(
     weights = _weights(places - corner)
     if scale is not None:
         require_shape("bilinear_sample", "scale", scale, points.shape[:-1], "one for each point")
-        weights = weights * scale.reshape(batch, -1)[:, :, None, None]
+        weights = weights * scale.reshape(batch, -1)[:, :, None]
     out = _combine(framed, corner.astype(jnp.int32) + 1, weights)
     return out.reshape(*points.shape[:-1], channels)
 
@@ -123,48 +125,34 @@ def _into_image(
     return jnp.clip(places, 0, last)
 
 
-def _weights(part: Float[Array, "B N 2"]) -> Float[Array, "B N 2 2"]:
-    """Of the four pixels around a point, by row and column, from where it lies between them."""
-    y, x = (jnp.stack([1 - part[..., axis], part[..., axis]], axis=-1) for axis in (0, 1))
-    return y[..., :, None] * x[..., None, :]
+def _weights(part: Float[Array, "B N 2"]) -> Float[Array, "B N 4"]:
+    """Of the four pixels around a point, row by row, from where it lies between them.
+
+    Products one by one: the gradient of an outer one would sum over axes of two.
+    """
+    y, x = part[..., 0], part[..., 1]
+    return jnp.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], axis=-1)
 
 
 @jax.custom_vjp
 def _combine(
-    x: Float[Array, "B Y X C"], corner: Int[Array, "B N 2"], weights: Float[Array, "B N 2 2"]
+    x: Float[Array, "B Y X C"], corner: Int[Array, "B N 2"], weights: Float[Array, "B N 4"]
 ) -> Float[Array, "B N C"]:
     """Weighted sums of the two by two pixels that start at (row, column) `corner`."""
 
-    def read(places):
-        corner, weights = places
-        terms = [
-            weights[..., i, j, None] * pixel
-            for i, row in enumerate(_corners(x, corner))
-            for j, pixel in enumerate(row)
-        ]
-        return sum(terms[1:], start=terms[0]).astype(x.dtype)
-
-    batch, count, _ = corner.shape
-    pieces = next((n for n in (2, 3, 5, 7) if count % n == 0), 1)
-    if platform() != "cpu" or pieces == 1:
-        return read((corner, weights))
-    # A loop is what XLA does not fuse over. Fused with a caller's reshape, such as that of
-    # taps for a matrix product, it would divide for every channel's address: 20 times slower.
-    cut = [
-        jnp.moveaxis(p.reshape(batch, pieces, -1, *p.shape[2:]), 1, 0) for p in (corner, weights)
-    ]
-    return jnp.moveaxis(lax.map(read, cut), 0, 1).reshape(batch, count, -1)
+    pixels = _pixels(x, corner)
+    terms = [weights[..., n, None] * pixels[..., n, :] for n in range(4)]
+    # Joined with a caller's reshape, such as that of taps for a matrix product, it would
+    # divide for every channel's address: 20 times slower.
+    return stored(sum(terms[1:], start=terms[0]).astype(x.dtype))
 
 
-def _corners(x: jax.Array, corner: jax.Array) -> list[list[jax.Array]]:
-    """The pixels around each point as rows of channels, which are one piece of memory each."""
+def _pixels(x: jax.Array, corner: jax.Array) -> jax.Array:
+    """The four pixels around each point, (B, N, 4, C), row by row."""
     batch, rows, columns, channels = x.shape
-    flat = x.reshape(-1, channels)
     first = (jnp.arange(batch)[:, None] * rows + corner[..., 0]) * columns + corner[..., 1]
-    return [
-        [flat.at[first + i * columns + j].get(mode="promise_in_bounds") for j in (0, 1)]
-        for i in (0, 1)
-    ]
+    places = stored(first)[..., None] + jnp.array([0, 1, columns, columns + 1])[None, None]
+    return x.reshape(-1, channels).at[places].get(mode="promise_in_bounds")
 
 
 def _forward(x, corner, weights):
@@ -173,11 +161,13 @@ def _forward(x, corner, weights):
 
 def _backward(residuals, cotangent):
     x, corner, weights = residuals
-    # By matrix products, because a reduction would be fused with the gather, as above.
-    ones = jnp.ones(x.shape[-1:], x.dtype)
-    along = partial(jnp.matmul, b=ones, preferred_element_type=weights.dtype)
-    of_weights = [[along(cotangent * pixel) for pixel in row] for row in _corners(x, corner)]
-    of_weights = jnp.stack([jnp.stack(row, axis=-1) for row in of_weights], axis=-2)
+    # The sum over channels, a few vectors of them first: XLA vectorises no sum along the
+    # last axis, but a product of matrices, whose operand should be small.
+    channels = x.shape[-1]
+    lanes = _LANES if platform() == "cpu" and channels % _LANES == 0 else channels
+    shares = cotangent[:, :, None].astype(weights.dtype) * _pixels(x, corner)
+    shares = sum(shares[..., n : n + lanes] for n in range(0, channels, lanes))
+    of_weights = (stored(shares) @ jnp.ones(lanes, shares.dtype)).reshape(weights.shape)
     spread = _spread_in_loop if platform() == "cpu" else _spread_at_once
     return spread(cotangent, corner, weights, x.shape).astype(x.dtype), None, of_weights
 
@@ -208,7 +198,7 @@ def _spread_at_once(values, corner, weights, shape) -> jax.Array:
     images = jnp.arange(shape[0])[:, None, None, None]
     rows = corner[..., 0][:, :, None, None] + near[None, None, :, None]
     columns = corner[..., 1][:, :, None, None] + near[None, None, None, :]
-    weighted = values[:, :, None, None] * weights[..., None]
+    weighted = values[:, :, None, None] * weights.reshape(*weights.shape[:2], 2, 2, 1)
     return jnp.zeros(shape, weights.dtype).at[images, rows, columns].add(weighted)
 
 
