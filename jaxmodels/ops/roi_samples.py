@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxmodels.ops.platform import platform
+from jaxmodels.ops.pixel_sums import pixel_sums
 from jaxmodels.ops.windows import Pair, pair
 
 
@@ -92,8 +92,8 @@ def sample_bins(
     _, rows, columns, channels = x.shape
     corners = (images.reshape(count)[:, None] * rows + tops)[:, :, None] * columns + lefts[:, None]
     weights = upright[:, :, None, :, None] * flat[:, None, :, None, :] / ratio**2
-    corners, weights = corners.reshape(count, ratio**2), weights.reshape(count, ratio**2, 2, 2)
-    return _combine(x, corners, weights).reshape(*images.shape, channels)
+    corners, weights = corners.reshape(count, ratio**2), weights.reshape(count, ratio**2, 4)
+    return pixel_sums(x, corners, weights).reshape(*images.shape, channels)
 
 
 def roi_size(
@@ -137,83 +137,3 @@ def _between(places: Float[Array, "N R"], length: int) -> tuple[jax.Array, jax.A
     part = places - first
     weights = jnp.stack([1 - part, part], axis=-1) * inside[..., None]
     return first.astype(jnp.int32), weights
-
-
-@jax.custom_vjp
-def _combine(
-    x: Float[Array, "I Y X C"], corners: Int[Array, "N S"], weights: Float[Array, "N S 2 2"]
-) -> Float[Array, "N C"]:
-    """Sums over S of two by two pixels that start at `corners`, counted through all images."""
-
-    def read(places):
-        corners, weights = places
-        out = 0
-        for s in range(corners.shape[1]):
-            for (i, j), pixel in _pixels(x, corners[:, s]):
-                out = out + weights[:, s, i, j, None] * pixel
-        return out.astype(x.dtype)
-
-    pieces = next((n for n in (2, 3, 5, 7) if len(corners) % n == 0), 1)
-    if platform() != "cpu" or pieces == 1:
-        return read((corners, weights))
-    # A loop is what XLA does not fuse over. Fused with a caller's reshape, such as that
-    # for a dense layer, the read would divide for every channel's address: 10 times slower.
-    cut = [p.reshape(pieces, len(p) // pieces, *p.shape[1:]) for p in (corners, weights)]
-    return lax.map(read, cut).reshape(len(corners), x.shape[-1])
-
-
-def _pixels(x: jax.Array, corner: Int[Array, "N"]):
-    """The four pixels from `corner` on by (row, column), as rows of channels."""
-    flat = x.reshape(-1, x.shape[-1])
-    for i in (0, 1):
-        for j in (0, 1):
-            place = corner + i * x.shape[2] + j
-            yield (i, j), flat.at[place].get(mode="promise_in_bounds")
-
-
-def _forward(x, corners, weights):
-    return _combine(x, corners, weights), (x, corners, weights)
-
-
-def _backward(residuals, cotangent):
-    x, corners, weights = residuals
-    cotangent = cotangent.astype(weights.dtype)
-    # By a matrix product, because a reduction would be fused with the gather, as above.
-    ones = jnp.ones(x.shape[-1:], weights.dtype)
-
-    def of_weights(corner):
-        four = [(cotangent * pixel) @ ones for _, pixel in _pixels(x, corner)]
-        return jnp.stack(four, axis=-1).reshape(-1, 2, 2)
-
-    spread = _spread_in_loop if platform() == "cpu" else _spread_at_once
-    of_x = spread(cotangent, corners, weights, x.shape).astype(x.dtype)
-    return of_x, None, jnp.moveaxis(lax.map(of_weights, corners.T), 0, 1)
-
-
-_combine.defvjp(_forward, _backward)
-
-
-def _spread_in_loop(values, corners, weights, shape) -> jax.Array:
-    """The transpose of `_combine`, a point after the other."""
-    images, rows, columns, channels = shape
-    samples, corners = corners.shape[1], corners.reshape(-1)
-    tops, lefts = corners // columns, corners % columns
-    weights = weights.reshape(-1, 2, 2)
-
-    def add(n, image):
-        start = (tops[n], lefts[n], 0)
-        here = lax.dynamic_slice(image, start, (2, 2, channels))
-        more = weights[n][..., None] * values[n // samples][None, None]
-        return lax.dynamic_update_slice(image, here + more, start)
-
-    empty = jnp.zeros((images * rows, columns, channels), weights.dtype)
-    return lax.fori_loop(0, len(corners), add, empty).reshape(shape)
-
-
-def _spread_at_once(values, corners, weights, shape) -> jax.Array:
-    """The transpose of `_combine` as one scatter, for accelerators."""
-    near = jnp.arange(2)[:, None] * shape[2] + jnp.arange(2)[None, :]
-    places = corners[:, :, None, None] + near[None, None]
-    weighted = weights[..., None] * values[:, None, None, None]
-    flat = jnp.zeros((shape[0] * shape[1] * shape[2], shape[3]), weights.dtype)
-    return flat.at[places].add(weighted, mode="promise_in_bounds").reshape(shape)

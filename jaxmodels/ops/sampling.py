@@ -2,15 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxmodels.ops.checks import require_shape
-from jaxmodels.ops.platform import platform
-from jaxmodels.ops.stored import stored
-
-# Channels that are summed side by side in the gradient of the weights.
-_LANES = 32
+from jaxmodels.ops.pixel_sums import pixel_sums
 
 PADDING_MODES = ("zeros", "border", "reflection", "symmetric")
 
@@ -63,7 +58,9 @@ def bilinear_sample(
     if scale is not None:
         require_shape("bilinear_sample", "scale", scale, points.shape[:-1], "one for each point")
         weights = weights * scale.reshape(batch, -1)[:, :, None]
-    out = _combine(framed, corner.astype(jnp.int32) + 1, weights)
+    row, column = jnp.moveaxis(corner.astype(jnp.int32) + 1, -1, 0)
+    first = (jnp.arange(batch)[:, None] * framed.shape[1] + row) * framed.shape[2] + column
+    out = pixel_sums(framed, first.reshape(-1, 1), weights.reshape(-1, 1, 4))
     return out.reshape(*points.shape[:-1], channels)
 
 
@@ -132,74 +129,6 @@ def _weights(part: Float[Array, "B N 2"]) -> Float[Array, "B N 4"]:
     """
     y, x = part[..., 0], part[..., 1]
     return jnp.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], axis=-1)
-
-
-@jax.custom_vjp
-def _combine(
-    x: Float[Array, "B Y X C"], corner: Int[Array, "B N 2"], weights: Float[Array, "B N 4"]
-) -> Float[Array, "B N C"]:
-    """Weighted sums of the two by two pixels that start at (row, column) `corner`."""
-
-    pixels = _pixels(x, corner)
-    terms = [weights[..., n, None] * pixels[..., n, :] for n in range(4)]
-    # Joined with a caller's reshape, such as that of taps for a matrix product, it would
-    # divide for every channel's address: 20 times slower.
-    return stored(sum(terms[1:], start=terms[0]).astype(x.dtype))
-
-
-def _pixels(x: jax.Array, corner: jax.Array) -> jax.Array:
-    """The four pixels around each point, (B, N, 4, C), row by row."""
-    batch, rows, columns, channels = x.shape
-    first = (jnp.arange(batch)[:, None] * rows + corner[..., 0]) * columns + corner[..., 1]
-    places = stored(first)[..., None] + jnp.array([0, 1, columns, columns + 1])[None, None]
-    return x.reshape(-1, channels).at[places].get(mode="promise_in_bounds")
-
-
-def _forward(x, corner, weights):
-    return _combine(x, corner, weights), (x, corner, weights)
-
-
-def _backward(residuals, cotangent):
-    x, corner, weights = residuals
-    # The sum over channels, a few vectors of them first: XLA vectorises no sum along the
-    # last axis, but a product of matrices, whose operand should be small.
-    channels = x.shape[-1]
-    lanes = _LANES if platform() == "cpu" and channels % _LANES == 0 else channels
-    shares = cotangent[:, :, None].astype(weights.dtype) * _pixels(x, corner)
-    shares = sum(shares[..., n : n + lanes] for n in range(0, channels, lanes))
-    of_weights = (stored(shares) @ jnp.ones(lanes, shares.dtype)).reshape(weights.shape)
-    spread = _spread_in_loop if platform() == "cpu" else _spread_at_once
-    return spread(cotangent, corner, weights, x.shape).astype(x.dtype), None, of_weights
-
-
-_combine.defvjp(_forward, _backward)
-
-
-def _spread_in_loop(values, corner, weights, shape) -> jax.Array:
-    """The transpose of `_combine`, a point after the other."""
-    batch, rows, columns, channels = shape
-    tops = jnp.arange(batch)[:, None] * rows + corner[..., 0]
-    places = jnp.stack([tops, corner[..., 1]], axis=-1).reshape(-1, 2)
-    values, weights = values.reshape(-1, channels), weights.reshape(-1, 2, 2)
-
-    def add(n, image):
-        start = (places[n, 0], places[n, 1], 0)
-        here = lax.dynamic_slice(image, start, (2, 2, channels))
-        more = values[n][None, None] * weights[n][..., None]
-        return lax.dynamic_update_slice(image, here + more, start)
-
-    empty = jnp.zeros((batch * rows, columns, channels), weights.dtype)
-    return lax.fori_loop(0, len(values), add, empty).reshape(shape)
-
-
-def _spread_at_once(values, corner, weights, shape) -> jax.Array:
-    """The transpose of `_combine` as one scatter, for accelerators."""
-    near = jnp.arange(2)
-    images = jnp.arange(shape[0])[:, None, None, None]
-    rows = corner[..., 0][:, :, None, None] + near[None, None, :, None]
-    columns = corner[..., 1][:, :, None, None] + near[None, None, None, :]
-    weighted = values[:, :, None, None] * weights.reshape(*weights.shape[:2], 2, 2, 1)
-    return jnp.zeros(shape, weights.dtype).at[images, rows, columns].add(weighted)
 
 
 def _check(x: jax.Array, points: jax.Array, mode: str) -> None:

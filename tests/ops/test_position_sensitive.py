@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from roi_definitions import pooled, pooled_backwards, sampled_bins, whole_pixels
 
 from jaxmodels.ops import cumulative as cumulative_module
-from jaxmodels.ops import roi_samples
+from jaxmodels.ops import pixel_sums
 from jaxmodels.ops.position_sensitive import ps_roi_align, ps_roi_pool
 
 IMAGE, SIZE, CHANNELS, BATCH, COUNT, STRIDE = (7, 11), (3, 2), 5, 2, 5, 4
@@ -76,7 +76,7 @@ def test_is_its_definition_for_any_regions(operation, definition):
     ("operation", "definition"), [(ps_roi_pool, means), (ps_roi_align, samples)]
 )
 def test_float32_on_accelerators_and_vmap(monkeypatch, operation, definition):
-    for module in (cumulative_module, roi_samples):
+    for module in (cumulative_module, pixel_sums):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
     x, cotangent = draw(0)
     rois = np.random.default_rng(1).uniform(-8, 48, size=(BATCH, COUNT, 4))

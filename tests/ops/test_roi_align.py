@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from roi_definitions import pooled, pooled_backwards, sampled_bins
 
-from jaxmodels.ops import roi_samples
+from jaxmodels.ops import pixel_sums
 from jaxmodels.ops.roi_align import roi_align
 
 IMAGE, CHANNELS, BATCH, COUNT = (7, 11), 3, 2, 5
@@ -77,7 +77,7 @@ def test_is_its_definition_for_any_regions(options):
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("image", [IMAGE, (1, 1)])
 def test_odd_regions_in_float32_and_on_accelerators(monkeypatch, device, image):
-    monkeypatch.setattr(roi_samples, "platform", lambda: device)
+    monkeypatch.setattr(pixel_sums, "platform", lambda: device)
     x, cotangent = draw(1, (5, 5), image)
     weights = sampled_bins(ROIS, (5, 5), image, 4, 1)
     apply = with_gradient(size=5, stride=4, sampling_ratio=1)

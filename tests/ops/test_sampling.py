@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmodels.ops import sampling
+from jaxmodels.ops import pixel_sums
 from jaxmodels.ops.sampling import bilinear_sample, grid_sample
 
 MODES = ("zeros", "border", "reflection")
@@ -30,10 +30,10 @@ def ours(x, grid, cotangent, **options):
     return out, *pull_back(cotangent)
 
 
-def draw(rows, columns, seed=0):
+def draw(rows, columns, seed=0, channels=3):
     """An image, points that reach far outside of it, and a cotangent."""
     rng = np.random.default_rng(seed)
-    shapes = (2, rows, columns, 3), (2, 7, 11, 2), (2, 7, 11, 3)
+    shapes = (2, rows, columns, channels), (2, 7, 11, 2), (2, 7, 11, channels)
     x, grid, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     return x, grid * np.float32(2), cotangent
 
@@ -82,10 +82,17 @@ def test_whole_points_read_what_numpy_pads(padding_mode, numpys):
     np.testing.assert_allclose(out, expected, **EXACT)
 
 
+def test_gradient_of_points_with_many_channels():
+    """Which are summed a few vectors at a time."""
+    inputs = draw(5, 13, channels=3 * pixel_sums._LANES)
+    for found, expected in zip(ours(*inputs), torchs(*inputs, align_corners=False), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_accelerators_get_the_same_gradient(monkeypatch):
     x, grid, cotangent = map(jnp.asarray, draw(5, 13))
     of_cpu = ours(x, grid, cotangent, padding_mode="border")
-    monkeypatch.setattr(sampling, "platform", lambda: "gpu")
+    monkeypatch.setattr(pixel_sums, "platform", lambda: "gpu")
 
     def loss(x, grid):
         return jnp.sum(grid_sample(x, grid, padding_mode="border") * cotangent)
