@@ -32,21 +32,21 @@ def pixel_sums(
     Returns:
       Sums in x's dtype.
     """
+    flat, near = x.reshape(-1, x.shape[-1]), _near(x.shape[2])
     out = 0
     for s in range(corners.shape[1]):
-        pixels = _pixels(x, corners[:, s])
+        corner = stored(corners[:, s])
         for n in range(4):
-            out = out + weights[:, s, n, None] * pixels[:, n]
+            pixel = flat.at[corner + near[n]].get(mode="promise_in_bounds")
+            out = out + weights[:, s, n, None] * pixel
     # Joined with a caller's reshape, such as that of taps for a matrix product, it would
     # divide for every channel's address: 20 times slower.
     return stored(out.astype(x.dtype))
 
 
-def _pixels(x: Float[Array, "I Y X C"], corner: Int[Array, "N"]) -> Float[Array, "N 4 C"]:
-    """The four pixels from `corner` on, row by row."""
-    columns = x.shape[2]
-    places = stored(corner)[:, None] + jnp.array([0, 1, columns, columns + 1])[None]
-    return x.reshape(-1, x.shape[-1]).at[places].get(mode="promise_in_bounds")
+def _near(columns: int) -> tuple[int, ...]:
+    """How far after the first pixel of a group its four are."""
+    return (0, 1, columns, columns + 1)
 
 
 def _forward(x, corners, weights):
@@ -61,7 +61,9 @@ def _backward(residuals, cotangent):
     def of_weights(corner):
         # The sum over channels, a few vectors of them first: XLA vectorises no sum along
         # the last axis, but a product of matrices, whose operand should be small.
-        shares = cotangent[:, None] * _pixels(x, corner)
+        places = stored(corner)[:, None] + jnp.array(_near(x.shape[2]))[None]
+        pixels = x.reshape(-1, channels).at[places].get(mode="promise_in_bounds")
+        shares = cotangent[:, None] * pixels
         shares = sum(shares[..., n : n + lanes] for n in range(0, channels, lanes))
         return stored(shares) @ jnp.ones(lanes, weights.dtype)
 
@@ -92,8 +94,7 @@ def _spread_in_loop(values, corners, weights, shape) -> jax.Array:
 
 def _spread_at_once(values, corners, weights, shape) -> jax.Array:
     """The transpose of `pixel_sums` as one scatter, for accelerators."""
-    near = jnp.array([0, 1, shape[2], shape[2] + 1])
     weighted = weights[..., None] * values[:, None, None]
     flat = jnp.zeros((shape[0] * shape[1] * shape[2], shape[3]), weights.dtype)
-    places = corners[..., None] + near[None, None]
+    places = corners[..., None] + jnp.array(_near(shape[2]))[None, None]
     return flat.at[places].add(weighted, mode="promise_in_bounds").reshape(shape)
