@@ -4,14 +4,16 @@ import gc
 import os
 
 # Eight virtual devices let the sharding tests run anywhere. Nearly all of the suite's time
-# is compilation: optimising takes half of it, and the newer emitters of fused loops half of
-# the rest; two workers fill two cores. All must precede JAX.
+# is compilation: optimising takes half of it, the newer emitters of fused loops half of the
+# rest, and modules of LLVM, one for each kernel, a fifth of what is left then; two workers
+# fill two cores. All must precede JAX.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_multi_thread_eigen=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
