@@ -273,7 +273,8 @@ def _silence_in_turn(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N
         return most
 
     turns = jnp.where(jnp.any(left), -(-jnp.sum(kept) // _AT_ONCE), 0)
-    return left & ~(lax.fori_loop(0, turns, silence, jnp.zeros(len(boxes))) > threshold)
+    most = lax.fori_loop(0, turns, silence, jnp.zeros(len(boxes), boxes.dtype))
+    return left & ~(most > threshold)
 
 
 def _silence_at_once(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N"], threshold):
