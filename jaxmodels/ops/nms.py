@@ -224,8 +224,8 @@ def _greedy(
 
 
 def _rows(some, places: Int[Array, "M"]):
-    """Boxes and classes at these places; beyond the last, empty boxes of class zero."""
-    return jax.tree.map(lambda part: part.at[places].get(mode="fill", fill_value=0), some)
+    """Boxes and classes at these places."""
+    return jax.tree.map(lambda part: part[places], some)
 
 
 def _overlaps(some, others) -> Float[Array, "N M"]:
@@ -258,8 +258,8 @@ def _silence_in_turn(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N
     """Which others are left of those that were, beside the kept of a block; for CPUs."""
     boxes, classes = others
     size = len(kept) + -len(kept) % _AT_ONCE
-    first = jnp.nonzero(kept, size=size, fill_value=len(kept))[0]
-    block = _rows(block, first)
+    # The first of a block is kept; to silence by it again changes nothing.
+    block = _rows(block, jnp.nonzero(kept, size=size, fill_value=0)[0])
     # Coordinates side by side fill vectors; and each box's area is worked out once.
     columns = lax.optimization_barrier((*boxes.T, box_area(boxes)))
 
