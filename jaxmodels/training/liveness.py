@@ -28,8 +28,11 @@ _OWN = {
 }  # fmt: skip
 # Read inside a loop over what they reduce; the result is a buffer.
 _REDUCE = ("reduce_", "arg", "scatter")
-# The same bytes under another shape.
-_VIEWS = {"reshape", "squeeze", "expand_dims", "copy", "optimization_barrier", "name", "pvary"}
+# The same bytes under another shape; of what `ops.stored` stores, whoever reads it.
+_STORED = "layout_constraint"
+_VIEWS = {
+    "reshape", "squeeze", "expand_dims", "copy", "optimization_barrier", "name", "pvary", _STORED,
+}  # fmt: skip
 # Leave an array split as it was.
 _REARRANGE = _VIEWS | {
     "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "mul", "slice",
@@ -258,7 +261,7 @@ def _buffers(program: _Program, kept: Sequence[int]) -> set[int]:
     for node in reversed(program.nodes):
         for value in node.outputs:
             if node.name in _VIEWS:
-                if value in chosen or _read_whole(value, readers):
+                if value in chosen or node.name == _STORED or _read_whole(value, readers):
                     chosen.discard(value)
                     chosen.update(node.inputs)
             elif node.owns or _read_whole(value, readers) or _twice(node, value, readers):

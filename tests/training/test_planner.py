@@ -14,6 +14,7 @@ from rich.console import Console
 from jaxmodels import training
 from jaxmodels.models.language.llama import Llama
 from jaxmodels.models.vision.vit import VisionTransformer
+from jaxmodels.ops.stored import stored
 from jaxmodels.training.liveness import peak_bytes
 from jaxmodels.training.planner import plan
 from jaxmodels.training.sharding import batch_sharding, tree_shardings
@@ -114,6 +115,11 @@ def test_liveness_of_a_program_counted_by_hand():
 
     # Both sides of the second product: the sine stands where the first one stood.
     assert peak_bytes(once, x, w, v) == round(1.08 * (one + two))
+
+    def fenced(x):
+        return jnp.sum(jnp.square(stored(jnp.sin(x))))
+
+    assert peak_bytes(fenced, x) == round(1.08 * 4 * (7 * 5 + 1))
 
     def looped(x, w):
         return lax.scan(lambda c, w: (c + jnp.tanh(c @ w) @ w.T, None), x, w)[0]
