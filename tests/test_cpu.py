@@ -1,9 +1,12 @@
-"""What a process does with memory once it is tuned, asked of the kernel."""
+"""What a process does with memory once it is tuned, asked of the kernel and of XLA."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from jaxmodels import cpu
 
 # Page faults of two gigabytes and a half, used and freed twice.
 SCRIPT = """
@@ -32,3 +35,56 @@ def test_freed_memory_stays_however_much_it_is(tuned):
     # Pages may be large, where the kernel is set so.
     assert first > 1000
     assert second < first / 100 if tuned else second > first / 2
+
+
+# Temporary bytes of a gradient, by XLA and by the planner; layers computed again, or not.
+CHECKPOINTS = """
+import jax, jax.numpy as jnp
+from jaxmodels import cpu
+from jaxmodels.training.liveness import peak_bytes
+
+{tune}
+
+def bytes_of(wrap):
+    def loss(x, w):
+        for _ in range(8):
+            x = wrap(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w.T))(x, w)
+        return jnp.sum(x)
+
+    step = jax.grad(loss)
+    shapes = [jax.ShapeDtypeStruct(size, "float32") for size in ((64, 96), (96, 96))]
+    compiled = jax.jit(step).lower(*shapes).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes, peak_bytes(step, *shapes))
+
+bytes_of(jax.checkpoint)
+bytes_of(lambda layer: layer)
+"""
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_is_computed_again_outside_of_loops_is_not_kept(tuned):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    script = CHECKPOINTS.format(tune="cpu.tune()" * tuned)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    again, kept = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    for source in range(2):
+        share = again[source] / kept[source]
+        assert share < 0.6 if tuned else share == 1
+
+
+def test_flags_of_the_user_and_of_other_devices_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=cse")
+    cpu.set_flags()
+    assert os.environ["XLA_FLAGS"].count("xla_disable_hlo_passes") == 1
+    assert not cpu.barriers_hold()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    monkeypatch.setattr(cpu, "find_spec", lambda name: name == "jax_plugins")
+    cpu.set_flags()
+    assert not cpu.barriers_hold()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cpu.set_flags()
+    assert cpu.barriers_hold()

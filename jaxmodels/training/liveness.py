@@ -18,6 +18,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from jaxmodels import cpu
+
 # Have buffers of their own whatever reads them.
 _OWN = {
     "all_gather", "argsort", "concatenate", "cond", "conv_general_dilated", "cumlogsumexp",
@@ -112,10 +114,11 @@ class _Program:
     def _kept_apart(self, equation: Any, arguments: list[int]) -> list[int]:
         """Arguments that are not recognised as the same, where a barrier hides them.
 
-        XLA takes barriers away on CPUs before it merges what is computed twice.
+        On CPUs XLA takes barriers away before it merges what is computed twice, unless the
+        process is tuned.
         """
         apart = equation.params.get("prevent_cse", False)
-        if apart is False or jax.default_backend() == "cpu":
+        if apart is False or (jax.default_backend() == "cpu" and not cpu.barriers_hold()):
             return arguments
         copies = []
         for value in arguments:
