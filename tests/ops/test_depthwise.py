@@ -82,8 +82,9 @@ def small_cache(monkeypatch):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(5, 2), (2, 7), (3, 3)])
-def test_kernel_that_fills_the_cache(small_cache, size, stride):
-    x, kernel = arrays((2, 11, 13, 6), (*size, 6))
+@pytest.mark.parametrize("channels", [6, 5])
+def test_kernel_that_fills_the_cache(small_cache, channels, size, stride):
+    x, kernel = arrays((2, 11, 13, channels), (*size, channels))
     check(x, kernel, stride=(stride, 1), dilation=(1, 2), padding=((1, 1), (3, 2)))
     apply = partial(depthwise_convolution, stride=stride)
     many = jax.vmap(apply, (0, None))(jnp.asarray(x)[:, None], jnp.asarray(kernel))

@@ -89,6 +89,19 @@ def test_gradient_of_points_with_many_channels():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_gradient_of_points_of_half_precision_is_summed_in_float32():
+    x, grid, cotangent = map(jnp.asarray, draw(5, 13, channels=64))
+    half, came_back = x.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
+
+    @jax.jit
+    def of_points(x):
+        _, pull_back = jax.vjp(lambda grid: grid_sample(x, grid), grid)
+        return pull_back(came_back.astype(x.dtype))[0]
+
+    found, expected = of_points(half), of_points(half.astype(jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_accelerators_get_the_same_gradient(monkeypatch):
     x, grid, cotangent = map(jnp.asarray, draw(5, 13))
     of_cpu = ours(x, grid, cotangent, padding_mode="border")
