@@ -11,11 +11,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmodels.ops.platform import platform
+from jaxmodels.ops.stored import stored
 
 # Larger results are shared out anyway; less work is done sooner than shared out.
 _LARGEST_RESULT, _LEAST_WORK = 1 << 16, 1 << 24
@@ -52,8 +52,7 @@ def batched_product(
 
 def transposed(x: Float[Array, "*B M K"]) -> Float[Array, "*B K M"]:
     """The transposed matrices as a copy, which XLA does not make part of a product."""
-    x = x.swapaxes(-1, -2)
-    return lax.optimization_barrier(x) if platform() == "cpu" else x
+    return stored(x.swapaxes(-1, -2))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

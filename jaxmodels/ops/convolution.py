@@ -11,6 +11,7 @@ from jaxmodels.ops.depthwise import depthwise_convolution
 from jaxmodels.ops.float8 import float8_products
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.platform import platform
+from jaxmodels.ops.stored import stored
 from jaxmodels.ops.windows import Padding, Pair, padding_pairs, pair, window_counts
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -161,7 +162,7 @@ def _wide_kernel_gradient(x, g, kernel, strides, sides, dilations):
     """
     rows, columns, channels, features = kernel.shape
     padded = jnp.pad(x, ((0, 0), *sides, (0, 0)))
-    came_back = lax.optimization_barrier(g.reshape(-1, features).T)
+    came_back = stored(g.reshape(-1, features).T)
 
     def seen(i, j):
         low = slice(i, i + (g.shape[1] - 1) * strides[0] + 1, strides[0])

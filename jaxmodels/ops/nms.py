@@ -14,6 +14,7 @@ from jaxmodels.ops.box_overlaps import column_iou, iou, pairwise_iou
 from jaxmodels.ops.boxes import box_area
 from jaxmodels.ops.checks import require_within
 from jaxmodels.ops.platform import platform
+from jaxmodels.ops.stored import stored
 
 # Boxes settled at once: more cost a larger table of overlaps, fewer more rounds.
 _BLOCK = 128
@@ -261,7 +262,7 @@ def _silence_in_turn(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N
     # The first of a block is kept; to silence by it again changes nothing.
     block = _rows(block, jnp.nonzero(kept, size=size, fill_value=0)[0])
     # Coordinates side by side fill vectors; and each box's area is worked out once.
-    columns = lax.optimization_barrier((*boxes.T, box_area(boxes)))
+    columns = [stored(column) for column in (*boxes.T, box_area(boxes))]
 
     def silence(turn, most):
         for n in range(_AT_ONCE):

@@ -66,9 +66,9 @@ def test_transposed_is_not_made_part_of_a_product():
     x, y, d_out = (jnp.asarray(a, jnp.float32) for a in factors(*SHAPES[0]))
     np.testing.assert_array_equal(transposed(x), np.asarray(x).swapaxes(-1, -2))
     text = jax.jit(lambda x, d: transposed(x) @ d).lower(x, d_out).as_text()
-    assert "optimization_barrier" in text
+    assert "LayoutConstraint" in text
     gradient = jax.make_jaxpr(lambda x, y: jax.vjp(batched_product, x, y)[1](d_out))(x, y)
-    assert "optimization_barrier" in str(gradient)
+    assert "layout_constraint" in str(gradient)
 
 
 def test_shapes_are_named():
