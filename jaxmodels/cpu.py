@@ -15,10 +15,6 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
-# What takes barriers away before XLA merges what is computed twice.
-_BARRIER_PASS = "cse_barrier_expander"
-
-
 def tune() -> None:
     """Keeps freed memory in the process, and lets XLA use the whole vector unit and forget.
 
@@ -48,14 +44,10 @@ def tune() -> None:
 def set_flags() -> None:
     """The part of `tune` that XLA_FLAGS tells."""
     if _is_alone():
-        _set_flag("xla_disable_hlo_passes", _BARRIER_PASS)
+        # It takes barriers away before XLA merges what is computed twice.
+        _set_flag("xla_disable_hlo_passes", "cse_barrier_expander")
     if _has_avx512():
         _set_flag("xla_cpu_prefer_vector_width", "512")
-
-
-def barriers_hold() -> bool:
-    """Whether XLA computes again, outside of loops too, what it is told to on a CPU."""
-    return _BARRIER_PASS in os.environ.get("XLA_FLAGS", "")
 
 
 def _is_alone() -> bool:

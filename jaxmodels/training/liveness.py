@@ -9,6 +9,7 @@ repeat.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,8 +18,6 @@ from typing import Any
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
-
-from jaxmodels import cpu
 
 # Have buffers of their own whatever reads them.
 _OWN = {
@@ -64,6 +63,13 @@ class _Node:
     @property
     def owns(self) -> bool:
         return self.name in _OWN or self.name.startswith(_REDUCE)
+
+
+@functools.cache
+def _barriers_hold() -> bool:
+    """Whether XLA's programs for this backend still have the barriers of their functions."""
+    probe = jax.jit(lambda x: jax.lax.optimization_barrier(jax.lax.sin(x)))
+    return jax.default_backend() != "cpu" or " opt-barrier(" in probe.lower(0.0).compile().as_text()
 
 
 class _Program:
@@ -114,11 +120,11 @@ class _Program:
     def _kept_apart(self, equation: Any, arguments: list[int]) -> list[int]:
         """Arguments that are not recognised as the same, where a barrier hides them.
 
-        On CPUs XLA takes barriers away before it merges what is computed twice, unless the
-        process is tuned.
+        On CPUs XLA takes barriers away before it merges what is computed twice, unless
+        `cpu.tune` told it not to.
         """
         apart = equation.params.get("prevent_cse", False)
-        if apart is False or (jax.default_backend() == "cpu" and not cpu.barriers_hold()):
+        if apart is False or not _barriers_hold():
             return arguments
         copies = []
         for value in arguments:
