@@ -1,7 +1,10 @@
 """Suite-wide settings: virtual devices, strict promotion, checked shapes."""
 
+import ctypes
 import gc
 import os
+import platform
+from pathlib import Path
 
 # Eight virtual devices let the sharding tests run anywhere. Nearly all of the suite's time
 # is compilation: optimising takes half of it, the newer emitters of fused loops half of the
@@ -29,6 +32,23 @@ jaxtyping.install_import_hook("jaxmodels", "beartype.beartype")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# A worker's programs grow to 15 GB otherwise, of which two do not fit into 24 GB with others.
+_MOST_BYTES = 5 << 30
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets what is compiled between two files, if it has become much."""
+    pages = Path("/proc/self/statm")
+    if nextitem is None or nextitem.path == item.path or not pages.is_file():
+        return
+    if int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") < _MOST_BYTES:
+        return
+    jax.clear_caches()
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_collection_finish(session):
