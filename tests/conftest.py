@@ -31,7 +31,12 @@ jaxtyping.install_import_hook("jaxmodels", "beartype.beartype")
 
 import jax
 
+from jaxmodels import cpu
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Experiments that run in this process would keep all memory it ever had, and set flags that
+# XLA has read already; neither can be taken back. Those in processes of their own are tuned.
+cpu.tune = lambda: None
 
 
 # A worker's programs grow to 15 GB otherwise, of which two do not fit into 24 GB with others.
