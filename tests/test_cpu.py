@@ -75,6 +75,46 @@ def test_what_is_computed_again_outside_of_loops_is_not_kept(tuned):
         assert share < 0.6 if tuned else share == 1
 
 
+# Of convolutions, norms and ReLUs, in maps: temporary bytes of a gradient, by both.
+CONVOLUTIONS = """
+import flax.linen as nn, jax, jax.numpy as jnp
+from jaxmodels import cpu
+from jaxmodels.layers.conv_norm import ConvNorm
+from jaxmodels.training.liveness import peak_bytes
+
+cpu.tune()
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(8):
+            x = ConvNorm(32, 3)(x, train=True)
+        return x
+
+def loss(variables, x):
+    return jnp.sum(Stack().apply(variables, x, mutable=["batch_stats"])[0] ** 2)
+
+x = jax.ShapeDtypeStruct((8, 24, 24, 32), "float32")
+variables = jax.eval_shape(Stack().init, jax.random.key(0), x)
+step = jax.grad(loss)
+compiled = jax.jit(step).lower(variables, x).compile()
+for found in (compiled.memory_analysis().temp_size_in_bytes, peak_bytes(step, variables, x)):
+    print(found / (4 * x.size))
+"""
+
+
+def test_of_convolutions_and_norms_two_maps_a_layer_are_kept():
+    """And nothing is made of them before it is needed."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", CONVOLUTIONS], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    used, planned = map(float, done.stdout.split())
+    assert used < 2 * 8 + 2
+    assert planned == pytest.approx(used, rel=0.15)
+
+
 def test_flags_of_the_user_and_of_other_devices_stay(monkeypatch):
     name = "xla_disable_hlo_passes"
     monkeypatch.setenv("XLA_FLAGS", f"--{name}=cse")

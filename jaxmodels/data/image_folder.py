@@ -1,6 +1,7 @@
 """A directory of class folders of JPEG and PNG files as a data set."""
 
 import dataclasses
+import io
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxmodels.data.image_dataset import ImageDataset
+from jaxmodels.data.jpeg import decode_jpeg_into
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _NAMED = 5
@@ -109,7 +111,10 @@ class PictureFiles:
     def __array__(
         self, dtype: Any = None, copy: bool | None = None
     ) -> UInt8[np.ndarray, "N Y X C"]:
-        return np.stack([self.decode(path) for path in self.paths])
+        pixels = np.empty(self.shape, np.uint8)
+        for path, picture in zip(self.paths, pixels, strict=True):
+            self.decode(path, picture)
+        return pixels
 
     def read(
         self, indices: Int[np.ndarray, "B"], mirrored: Bool[np.ndarray, "B"]
@@ -135,7 +140,7 @@ class PictureFiles:
         for place in range(index, index + len(self.paths)):
             path = self.paths[place % len(self.paths)]
             try:
-                picture[...] = self.decode(path, mirrored=mirrored)
+                self.decode(path, picture, mirrored=mirrored)
             # Pillow promises no one exception, and whatever a decoder raises is the file's fault.
             except Exception as error:
                 self._lose(path, _reason(error), error)
@@ -163,19 +168,27 @@ class PictureFiles:
                 stacklevel=2,
             )
 
-    def decode(self, path: str, *, mirrored: bool = False) -> UInt8[np.ndarray, "Y X C"]:
-        """Reads one file from disk; raises whatever Pillow raises for a broken one."""
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
+    def decode(
+        self, path: str, picture: UInt8[np.ndarray, "Y X C"], *, mirrored: bool = False
+    ) -> None:
+        """Reads one file from disk into `picture`; raises whatever Pillow does for a broken one."""
+        data = Path(path).read_bytes()
+        if self.channels == 3 and decode_jpeg_into(data, picture):
+            # Three channels in turn take a ninth of the time of all at once.
+            for channel in range(3) if mirrored else ():
+                picture[..., channel] = picture[:, ::-1, channel]
+            return
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            picture = _eight_bits(image)
+            found = _eight_bits(image)
         # Each of these would copy the picture even where there is nothing to do.
-        if picture.mode != (mode := "RGB" if self.channels == 3 else "L"):
-            picture = picture.convert(mode)
-        if picture.size != (size := (self.image_size, self.image_size)):
-            picture = ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
+        if found.mode != (mode := "RGB" if self.channels == 3 else "L"):
+            found = found.convert(mode)
+        if found.size != (size := (self.image_size, self.image_size)):
+            found = ImageOps.fit(found, size, Image.Resampling.BICUBIC)
         if mirrored:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(picture).reshape(self.shape[1:])
+            found = found.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture[...] = np.asarray(found).reshape(picture.shape)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -215,13 +228,12 @@ def _decode_all(
     pixels = np.empty(files.shape, np.uint8) if keep else None
 
     def fault(index: int) -> str | None:
+        picture = np.empty(files.shape[1:], np.uint8) if pixels is None else pixels[index]
         try:
-            picture = files.decode(files.paths[index])
+            files.decode(files.paths[index], picture)
         # Pillow promises no one exception, and whatever a decoder raises is the file's fault.
         except Exception as error:
             return _reason(error)
-        if pixels is not None:
-            pixels[index] = picture
         return None
 
     with ThreadPoolExecutor() as pool:

@@ -1,7 +1,5 @@
 """Multi-head self-attention with its projections."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer
@@ -10,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels import ops
 from jaxmodels.layers.linear import Linear
+from jaxmodels.layers.normalization import TOKEN_NORMS
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.mesh_axes import axis_size
 
@@ -140,10 +139,9 @@ class Attention(nn.Module):
         return width // self.num_heads
 
     def _norm(self, name: str) -> nn.Module:
-        norms: dict[str, Callable] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-        if self.qk_norm not in norms:
+        if self.qk_norm not in TOKEN_NORMS:
             raise ValueError(f'Attention: qk_norm={self.qk_norm!r} is neither "rms" nor "layer"')
-        return norms[self.qk_norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)
+        return TOKEN_NORMS[self.qk_norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)
 
 
 class _Weights(nn.Module):

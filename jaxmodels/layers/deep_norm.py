@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from jaxmodels.layers.normalization import LayerNorm
+
 
 def deep_norm_scales(num_blocks: int) -> tuple[float, float]:
     """How much DeepNorm weighs the skip, and how small it initialises the branches.
@@ -62,4 +64,4 @@ class DeepNorm(nn.Module):
           branch: what attention or a feed-forward made of it.
         """
         alpha, _ = deep_norm_scales(self.num_blocks)
-        return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(alpha * x + branch)
+        return LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(alpha * x + branch)

@@ -7,6 +7,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from jaxmodels.layers.linear import Linear
+from jaxmodels.ops.activations import swiglu
 
 
 class Mlp(nn.Module):
@@ -58,4 +59,4 @@ class GatedMlp(nn.Module):
             )(x)
 
         gate, up = (project(self.hidden_width, name, x) for name in ("gate", "up"))
-        return project(x.shape[-1], "down", nn.silu(gate) * up)
+        return project(x.shape[-1], "down", swiglu(gate, up))

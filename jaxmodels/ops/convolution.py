@@ -103,7 +103,8 @@ def _forward(x, kernel, strides, sides, dilations):
 
 
 def _backward(strides, sides, dilations, saved, g):
-    x, kernel = saved
+    # What is made of x and the kernel for a product is not made before there is a gradient.
+    x, kernel, g = lax.optimization_barrier((*saved, g))
     wide = min(kernel.shape[2:]) >= _CHANNELS
     to_kernel = _wide_kernel_gradient if wide else _narrow_kernel_gradient
     options = strides, sides, dilations

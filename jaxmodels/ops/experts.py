@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.ops import float8
+from jaxmodels.ops.activations import swiglu
 from jaxmodels.ops.experts_blocked import blocked_swiglu
 from jaxmodels.ops.platform import platform
 from jaxmodels.ops.routing import expert_load
@@ -104,7 +105,7 @@ def capacity_experts(
         )
     seen = x[tokens]
     multiply = functools.partial(float8.product, jnp.matmul)
-    hidden = jax.nn.silu(multiply(seen, gate)) * multiply(seen, up)
+    hidden = swiglu(multiply(seen, gate), multiply(seen, up))
     out = multiply(hidden, down) * weights[..., None].astype(x.dtype)
     return jnp.zeros_like(x).at[tokens].add(out)
 
@@ -159,7 +160,7 @@ def _ragged_swiglu(rows, load, gate, up, down):
     def multiply(rows, matrices):
         return float8.product(lax.ragged_dot, rows, matrices, load)
 
-    return multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
+    return multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down)
 
 
 def _swiglu(implementation: str, rows: Array, gate: Array) -> Callable[..., Any]:

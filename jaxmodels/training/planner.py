@@ -134,9 +134,9 @@ def plan(
     States are counted leaf by leaf, as `init_state` places them. Activations are the most
     that live at once in the traced forward and backward pass of a device's part of the
     batch (`training.liveness`). XLA's own figure was within 15 % of the total for the
-    models tested; it holds more where it begins to compute again too early, as on CPUs in
-    language models without scan. Axes other than `data` and `fsdp` split activations too,
-    which is not counted.
+    models tested; with `remat="blocks"` on convolutional networks it holds less, up to a
+    third, and on CPUs that were not tuned (`cpu.tune`) more. Axes other than `data` and
+    `fsdp` split activations too, which is not counted.
 
     Args:
       model: a linen module.

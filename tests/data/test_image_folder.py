@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import skimage
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxmodels.data import batches, image_folder
+from jaxmodels.data.jpeg import decode_jpeg_into
 
 
 def levels(dataset):
@@ -128,6 +129,50 @@ def test_exif_orientation_is_undone(tmp_path, orientation):
     save(tmp_path / "a" / "x.jpg", np.ascontiguousarray(stored), exif=exif, quality=95)
     got = corners(image_folder(tmp_path, image_size=32))
     np.testing.assert_allclose(got, quadrants(2), atol=6)
+
+
+def test_orientation_in_xmp_is_undone(tmp_path):
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+    stored = np.ascontiguousarray(np.rot90(quadrants(), 1))
+    save(tmp_path / "a" / "x.jpg", stored, xmp=packet, quality=95)
+    got = corners(image_folder(tmp_path, image_size=32))
+    np.testing.assert_allclose(got, quadrants(2), atol=6)
+
+
+KINDS_OF_JPEG = [
+    {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True},
+    {"quality": 7}, {"keep_rgb": True}, {"mode": "L"}, {"mode": "CMYK"}, {"size": 40},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", KINDS_OF_JPEG, ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpegs_are_what_pillow_reads_mirrored_or_not(tmp_path, options, channels):
+    options = dict(options)
+    mode, size = options.pop("mode", "RGB"), options.pop("size", 37)
+    (tmp_path / "a").mkdir()
+    image = Image.fromarray(noise(size, size)).convert(mode)
+    image.save(tmp_path / "a" / "x.jpg", **options)
+    want = Image.open(tmp_path / "a" / "x.jpg").convert("RGB" if channels == 3 else "L")
+    want = ImageOps.fit(want, (37, 37), Image.Resampling.BICUBIC)
+    pixels = image_folder(tmp_path, image_size=37, channels=channels, cache=False).pixels
+    plain, _ = pixels.read(np.array([0]), np.array([False]))
+    mirrored, _ = pixels.read(np.array([0]), np.array([True]))
+    np.testing.assert_array_equal(plain[0], np.asarray(want).reshape(37, 37, channels))
+    np.testing.assert_array_equal(mirrored[0], plain[0, :, ::-1])
+
+
+def test_colour_jpegs_of_the_size_take_the_short_way(tmp_path):
+    """And nothing else does, a cut one included."""
+    save(tmp_path / "x.jpg", noise(37, 37))
+    data = (tmp_path / "x.jpg").read_bytes()
+    picture = np.zeros((37, 37, 3), np.uint8)
+    assert decode_jpeg_into(data, picture)
+    np.testing.assert_array_equal(picture, np.asarray(Image.open(tmp_path / "x.jpg")))
+    assert not decode_jpeg_into(data, np.zeros((37, 36, 3), np.uint8))
+    assert not decode_jpeg_into(data[:-40], picture) and not decode_jpeg_into(b"", picture)
+    save(tmp_path / "x.png", noise(37, 37))
+    assert not decode_jpeg_into((tmp_path / "x.png").read_bytes(), picture)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -14,6 +14,7 @@ from jaxmodels.ops.activations import (
     maxout,
     prelu,
     rrelu,
+    swiglu,
     swish,
     threshold_perceptron,
 )
@@ -168,3 +169,15 @@ def test_bad_input():
         maxout(jnp.zeros((3, 5)), 0)
     with pytest.raises(ValueError, match=r"prelu: slope \(2,\) must hold one value, or .* 5 chan"):
         prelu(jnp.zeros((3, 5)), jnp.zeros(2))
+
+
+def test_gated_by_silu_equals_torch_and_keeps_its_two_inputs():
+    gate, up, cotangent = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+    theirs = [torch.tensor(a, requires_grad=True) for a in (gate, up)]
+    expected = functional.silu(theirs[0]) * theirs[1]
+    expected.backward(torch.tensor(cotangent))
+    out, pull = jax.vjp(swiglu, jnp.asarray(gate), jnp.asarray(up))
+    np.testing.assert_allclose(out, expected.detach(), rtol=1e-5, atol=1e-6)
+    for found, tensor in zip(pull(jnp.asarray(cotangent)), theirs, strict=True):
+        np.testing.assert_allclose(found, tensor.grad, rtol=1e-5, atol=1e-6)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull)) == gate.nbytes + up.nbytes

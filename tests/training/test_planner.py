@@ -87,6 +87,7 @@ CASES = [
     (vit(remat="sqrt"), "", 2),
     (vit(remat="sqrt"), "fsdp=8", 1),
     (decoder(scan=True), "", 1),
+    (decoder(), "", 1),
     (decoder(remat="sqrt"), "", 1),
     # With two examples a device, where parameters outweigh activations, it is 18 % too much.
     (decoder(32, remat="sqrt"), "fsdp=8", 1),

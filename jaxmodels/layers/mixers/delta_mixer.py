@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.layers.mixers.recurrent import RecurrentMixer
+from jaxmodels.layers.normalization import RMSNorm
 from jaxmodels.layers.short_convolution import ShortConvolution
 from jaxmodels.ops.delta_rule import unit_length
 
@@ -77,7 +78,7 @@ class DeltaMixer(RecurrentMixer):
         self, mixed: Float[Array, "B T H V"], gate: Float[Array, "B T F"] | None, width: int
     ) -> Float[Array, "B T D"]:
         """Norm of each head in float32, times the gate, mapped to `width`."""
-        norm = nn.RMSNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")
+        norm = RMSNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")
         mixed = norm(mixed).reshape(*mixed.shape[:2], -1)
         if gate is not None:
             mixed = mixed * gate

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmodels.layers.mixers.recurrent import RecurrentMixer
+from jaxmodels.layers.normalization import RMSNorm
 from jaxmodels.ops.checks import require_within
 from jaxmodels.ops.gated_linear_attention import gated_linear_attention
 from jaxmodels.registry import register_mixer
@@ -58,7 +59,7 @@ class Hgrn2(RecurrentMixer):
             jnp.minimum(jnp.logaddexp(bound, rest + nn.log_sigmoid(forget)), 0.0),
             **self.recurrence_options(state.memory, segment_ids),
         )
-        norm = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        norm = RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         mixed = norm(mixed.reshape(*x.shape[:2], -1))
         return self.project("out", mixed, x.shape[-1]), Hgrn2State(memory)
 

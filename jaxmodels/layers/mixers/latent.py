@@ -20,6 +20,7 @@ from jaxmodels.layers.mixers.inputs import (
     require_no_state_if_bidirectional,
     token_positions,
 )
+from jaxmodels.layers.normalization import RMSNorm
 from jaxmodels.layers.positions import Rotary
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.rotary import rotary_angles, rotate
@@ -203,7 +204,7 @@ class LatentMixer(nn.Module):
         return project(x)
 
     def _norm(self, name: str, x: Array) -> Array:
-        return nn.RMSNorm(dtype=self.dtype, name=name)(x)
+        return RMSNorm(dtype=self.dtype, name=name)(x)
 
     def _check_position(self) -> None:
         if self.position.train_length is not None:

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmodels.layers.mixers.recurrent import RecurrentMixer
+from jaxmodels.layers.normalization import RMSNorm
 from jaxmodels.ops.checks import require_within
 from jaxmodels.ops.retention import retention
 from jaxmodels.registry import register_mixer
@@ -45,7 +46,7 @@ class LightningAttention(RecurrentMixer):
         mixed, memory = retention(
             q, k, v, self._decays(), **self.recurrence_options(state.memory, segment_ids)
         )
-        norm = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        norm = RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         mixed = norm(mixed.reshape(*x.shape[:2], -1))
         gate = nn.sigmoid(self.project("gate", x, mixed.shape[-1]))
         return self.project("out", gate * mixed, x.shape[-1]), LightningState(memory)

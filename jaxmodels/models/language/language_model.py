@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmodels.layers.experts import MixtureOfExperts
+from jaxmodels.layers.normalization import TOKEN_NORMS
 from jaxmodels.layers.repeated_blocks import require_policy, run_listed
 from jaxmodels.ops.cross_entropy import chunked_cross_entropy
 
@@ -58,10 +59,9 @@ def make_norm(norm: str, epsilon: float, dtype: Dtype, name: str | None = None) 
     Raises:
       ValueError: no such norm.
     """
-    norms = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-    if norm not in norms:
+    if norm not in TOKEN_NORMS:
         raise ValueError(f'make_norm: norm={norm!r} is neither "rms" nor "layer"')
-    return norms[norm](epsilon=epsilon, dtype=dtype, name=name)
+    return TOKEN_NORMS[norm](epsilon=epsilon, dtype=dtype, name=name)
 
 
 class LanguageModel(nn.Module):

@@ -6,7 +6,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from jaxmodels.layers.linear import Linear
-from jaxmodels.ops.activations import gelu
+from jaxmodels.ops.activations import gelu, swiglu
 
 
 class FeedForward(nn.Module):
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
 
         if self.gated:
             gate, h = jnp.split(project(2 * self.hidden_width, "up", x), 2, axis=-1)
-            h = nn.silu(gate) * h
+            h = swiglu(gate, h)
         else:
             h = gelu(project(self.hidden_width, "up", x))
         return project(x.shape[-1], "down", h)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmodels.layers.drop_path import DropPath, drop_path_rates
 from jaxmodels.layers.linear import Linear
+from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.layers.patch_embed import PatchEmbed
 from jaxmodels.layers.repeated_blocks import require_policy, run_in_turn
 from jaxmodels.models.vision.checks import require_images
@@ -104,10 +105,10 @@ class SwinBlock(nn.Module):
         """Returns the map after this block."""
         shift = self.shift if min(x.shape[1:3]) > self.window else 0
         attention = WindowAttention(self.num_heads, self.window, self.dtype, name="attention")
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="attention_norm")(x)
+        h = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="attention_norm")(x)
         h = map_windows(attention, h, self.window, shift)
         x = x + DropPath()(h, self.drop_path, train=train)
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")(x)
+        h = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")(x)
         mlp = FeedForward(self.hidden_width, dtype=self.dtype, name="mlp")
         return x + DropPath()(mlp(h), self.drop_path, train=train)
 
@@ -133,7 +134,7 @@ class PatchMerging(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B V U 2*C"]:
         """Returns the smaller map; odd sides are padded with zeros."""
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(neighbours(x))
+        h = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(neighbours(x))
         return Linear(2 * x.shape[-1], use_bias=False, dtype=self.dtype, name="reduce")(h)
 
 
@@ -173,7 +174,7 @@ class SwinTransformer(nn.Module):
         """The parts, in the order of figure 3a."""
         self._check()
         self.patch_embed = PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
-        self.patch_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
+        self.patch_norm = LayerNorm(epsilon=1e-5, dtype=self.dtype)
         self.drop = nn.Dropout(self.dropout)
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths)).tolist())
         self.stages = [
@@ -181,7 +182,7 @@ class SwinTransformer(nn.Module):
             for stage, depth in enumerate(self.depths)
         ]
         self.merges = [self._merge() for _ in self.depths[1:]]
-        self.norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
+        self.norm = LayerNorm(epsilon=1e-5, dtype=self.dtype)
         if self.num_classes:
             self.head = Linear(self.num_classes, dtype=self.dtype, kernel_init=_INIT)
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmodels.layers.drop_path import DropPath
 from jaxmodels.layers.linear import Linear
+from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.models.vision.feed_forward import FeedForward
 from jaxmodels.models.vision.swin import (
     SIZES,
@@ -124,10 +125,10 @@ class SwinV2Block(nn.Module):
             self.num_heads, self.window, self.trained_window, self.dtype, name="attention"
         )
         h = map_windows(attention, x, self.window, self.shift)
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="attention_norm")(h)
+        h = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="attention_norm")(h)
         x = x + DropPath()(h, self.drop_path, train=train)
         mlp = FeedForward(self.hidden_width, dtype=self.dtype, name="mlp")
-        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")(mlp(x))
+        h = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")(mlp(x))
         return x + DropPath()(h, self.drop_path, train=train)
 
 
@@ -144,7 +145,7 @@ class PatchMergingV2(nn.Module):
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B V U 2*C"]:
         """Returns the smaller map; odd sides are padded with zeros."""
         h = Linear(2 * x.shape[-1], use_bias=False, dtype=self.dtype, name="reduce")(neighbours(x))
-        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(h)
+        return LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(h)
 
 
 class SwinTransformerV2(SwinTransformer):
