@@ -22,6 +22,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from jaxmodels import cpu
+
 # First words of the random keys, so that order and what a batch draws never share a stream.
 _ORDER, _DRAWS = 0, 1
 
@@ -230,7 +232,11 @@ def _close_running() -> None:
 
 
 def _live_and_die_with_parent(worker_index: int, worker_count: int) -> None:
-    """A worker leaves signals sent to the whole group to its parent, and dies when that does."""
+    """A worker leaves signals sent to the whole group to its parent, and dies when that does.
+
+    Its memory is its own, as `cpu.tune` has it: every batch needs as much as the one before.
+    """
+    cpu.tune()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

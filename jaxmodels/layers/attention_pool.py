@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from jaxmodels import ops
 from jaxmodels.layers.linear import Linear
 from jaxmodels.layers.mlp import Mlp
-from jaxmodels.layers.normalization import LayerNorm
 
 
 class AttentionPool(nn.Module):
@@ -53,7 +52,7 @@ class AttentionPool(nn.Module):
         )
         mixed = ops.dot_product_attention(q, k, v)
         pooled = self._project("out", mixed.reshape(batch, width))
-        h = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(pooled)
+        h = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(pooled)
         return pooled + Mlp(int(self.mlp_ratio * width), dtype=self.dtype, name="mlp")(h)
 
     def _project(self, name: str, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -26,8 +26,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns an array of x's shape in `dtype`."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones, x.shape[-1:]))
+        bias = jnp.asarray(self.param("bias", nn.initializers.zeros, x.shape[-1:]))
         return layer_norm(x, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
 
 
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns an array of x's shape in `dtype`."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones, x.shape[-1:]))
         return rms_norm(x, scale, epsilon=self.epsilon, dtype=self.dtype)
 
 
@@ -136,8 +136,8 @@ def _variables(module, x, scale_init):
     return (
         module.variable("batch_stats", "mean", jnp.zeros, width),
         module.variable("batch_stats", "var", jnp.ones, width),
-        module.param("scale", scale_init, width),
-        module.param("bias", nn.initializers.zeros, width),
+        jnp.asarray(module.param("scale", scale_init, width)),
+        jnp.asarray(module.param("bias", nn.initializers.zeros, width)),
     )
 
 

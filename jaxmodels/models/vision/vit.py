@@ -25,7 +25,6 @@ from jaxtyping import Array, Bool, Float
 from jaxmodels.layers.attention_pool import AttentionPool
 from jaxmodels.layers.drop_path import drop_path_rates
 from jaxmodels.layers.linear import Linear
-from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.layers.patch_embed import PatchEmbed
 from jaxmodels.layers.repeated_blocks import require_policy, run_stacked
 from jaxmodels.models.vision.checks import require_images
@@ -115,7 +114,7 @@ class VisionTransformer(nn.Module):
             self.mixer_options,
             dtype=self.dtype,
         )
-        self.norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         if self.pool == "attention":
             self.attention_pool = AttentionPool(
                 self.num_heads, norm_eps=self.norm_eps, dtype=self.dtype

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from jaxmodels.layers.attention import Attention
 from jaxmodels.layers.drop_path import DropPath
-from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.models.vision.feed_forward import FeedForward
 from jaxmodels.registry import create_mixer, module_fields
 
@@ -39,7 +38,7 @@ class ViTBlock(nn.Module):
         """Returns the tokens after this block; `drop_rate` is that of its residual branches."""
         mlp = FeedForward(self.hidden_width, self.gated_mlp, dtype=self.dtype, name="mlp")
         for half, branch in (("attention", self._mix), ("mlp", mlp)):
-            norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"{half}_norm")
+            norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"{half}_norm")
             h = nn.Dropout(self.dropout)(branch(norm(x)), deterministic=not train)
             if self.layer_scale is not None:
                 start = nn.initializers.constant(self.layer_scale)
