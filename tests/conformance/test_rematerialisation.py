@@ -128,8 +128,9 @@ def test_policies_change_no_value(name, fields):
     found, wanted = gradient(name, model), expected(name)
     scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(wanted[1]))
 
+    # What is computed again is fused otherwise, and rounded otherwise.
     def near(a, b):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * scale)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6 * scale)
 
     jax.tree.map(near, found, wanted)
 
