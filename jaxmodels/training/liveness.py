@@ -154,7 +154,11 @@ def _called(equation: Any) -> Any:
 
 
 def peak_bytes(
-    function: Any, *arguments: Any, argument_parts: Any = None, result_parts: Any = None
+    function: Any,
+    *arguments: Any,
+    argument_parts: Any = None,
+    result_parts: Any = None,
+    taken: int = 0,
 ) -> int:
     """The most bytes held at once beside the arguments, results included.
 
@@ -166,13 +170,14 @@ def peak_bytes(
         order; by default all are whole. One that is split is gathered where a product
         reads it, and held until the last such product; a loop gathers a slice.
       result_parts: likewise for the first results; those after them are whole.
+      taken: as many of the first results are needed no longer once they are made.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), True)
     program = _Program(jaxpr)
     if argument_parts is not None:
         _split(program, argument_parts, result_parts)
-    return round(_PACKING * _peak(program, program.outputs))
+    return round(_PACKING * _peak(program, program.outputs, program.outputs[taken:]))
 
 
 def _split(program: _Program, argument_parts: Sequence[int], result_parts: Sequence[int]) -> None:
@@ -218,11 +223,12 @@ def _body_peak(jaxpr: Any, slices: int = 0, streamed: int = 0) -> int:
     program = _Program(jaxpr)
     first = len(program.inputs) - slices
     program.nodes[:0] = [_Node("slice", [], [i], {}) for i in program.inputs[first:]]
-    return _peak(program, program.outputs[: len(program.outputs) - streamed])
+    results = program.outputs[: len(program.outputs) - streamed]
+    return _peak(program, results, results)
 
 
-def _peak(program: _Program, kept: Sequence[int]) -> int:
-    buffers = _buffers(program, kept)
+def _peak(program: _Program, results: Sequence[int], kept: Sequence[int]) -> int:
+    buffers = _buffers(program, results)
     last = _last_uses(program, buffers, kept)
     live, peak, held = 0, 0, set()
 
@@ -259,18 +265,19 @@ def _inside(node: _Node) -> int:
     return 0
 
 
-def _buffers(program: _Program, kept: Sequence[int]) -> set[int]:
+def _buffers(program: _Program, results: Sequence[int]) -> set[int]:
     """The values that are held; all others are computed where they are read."""
     readers: dict[int, list[_Node]] = {}
     for node in program.nodes:
         for value in set(node.inputs):
             readers.setdefault(value, []).append(node)
-    chosen = {value for value in kept if value not in program.inputs}
+    chosen = {value for value in results if value not in program.inputs}
+    stored = {_STORED, "optimization_barrier"} if _barriers_hold() else {_STORED}
     # Backwards, because a view of a value that is held holds it too.
     for node in reversed(program.nodes):
         for value in node.outputs:
             if node.name in _VIEWS:
-                if value in chosen or node.name == _STORED or _read_whole(value, readers):
+                if value in chosen or node.name in stored or _read_whole(value, readers):
                     chosen.discard(value)
                     chosen.update(node.inputs)
             elif node.owns or _read_whole(value, readers) or _twice(node, value, readers):

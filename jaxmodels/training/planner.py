@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend import core
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,8 @@ from jaxmodels.ops.mesh_axes import AXES, BATCH_AXES
 from jaxmodels.ops.rematerialisation import POLICIES
 from jaxmodels.registry import module_fields
 from jaxmodels.training.liveness import peak_bytes
-from jaxmodels.training.precision import cast_floating, compute_dtype
+from jaxmodels.training.precision import cast_floating, compute_dtype, scales_loss
+from jaxmodels.training.runtime import current_runtime
 from jaxmodels.training.sharding import Rules, path_name, tree_shardings
 from jaxmodels.training.state import init_state
 
@@ -193,6 +195,9 @@ def _measure(
     counted = {"parameters": gradients, "optimizer": of("opt_state"), "ema": of("ema")}
     whole = _bytes(state, shardings)
     batch_bytes = accumulate * _bytes(local)
+    several = accumulate > 1
+    skips = scales_loss(precision) or current_runtime().on_nan == "skip"
+    together = several or skips or not _moves_alone(optimizer, state.params, state.opt_state)
     peak = peak_bytes(
         _gradient(loss_fn, compute_dtype(precision)),
         state.params,
@@ -200,15 +205,16 @@ def _measure(
         key,
         state.model_state,
         **_parts(state, shardings, local),
+        taken=0 if together else len(jax.tree.leaves(state.params)),
     )
-    several = accumulate > 1
+    held = gradients if together else min(gradients, peak)
     return Plan(
         **counted,
         other=whole - sum(counted.values()),
         batch=batch_bytes,
-        gradients=gradients * (2 if several else 1),
+        gradients=held * (2 if several else 1),
         # A batch is laid out anew for its parts.
-        activations=max(0, peak - gradients) + (batch_bytes if several else 0),
+        activations=max(0, peak - held) + (batch_bytes if several else 0),
         setting=_setting(model, mesh, accumulate),
     )
 
@@ -225,6 +231,20 @@ def _gradient(loss_fn: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
         return jax.grad(loss, has_aux=True)(params)
 
     return gradient
+
+
+def _moves_alone(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> bool:
+    """Whether the move of every parameter needs no gradient but its own.
+
+    XLA then moves it as soon as its gradient is there, and holds that no longer.
+    """
+    count = len(jax.tree.leaves(params))
+    jaxpr = jax.make_jaxpr(optimizer.update)(params, opt_state, params).jaxpr
+    needs = {var: {n} for n, var in enumerate(jaxpr.invars[:count])}
+    for equation in jaxpr.eqns:
+        read = [needs.get(var, set()) for var in equation.invars if isinstance(var, core.Var)]
+        needs |= dict.fromkeys(equation.outvars, set().union(*read))
+    return all(len(needs.get(var, ())) <= 1 for var in jaxpr.outvars[:count])
 
 
 def _parts(state: Any, shardings: Any, local: Any) -> dict[str, list[int]]:
