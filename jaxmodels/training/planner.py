@@ -39,7 +39,9 @@ class Plan:
       other: keys, counters, scales and variables that are not parameters.
       batch: the device's part of a batch.
       gradients: of the parameters, split as they are; with accumulation also the sum.
-      activations: the most that the forward and backward pass hold besides.
+        Where a parameter moves as soon as its gradient is there, no more than the peak.
+      activations: the most that the forward and backward pass, or an optimizer that needs
+        all gradients at once, hold besides.
       setting: mesh, remat and accumulation, in words.
     """
 
@@ -135,10 +137,11 @@ def plan(
 
     States are counted leaf by leaf, as `init_state` places them. Activations are the most
     that live at once in the traced forward and backward pass of a device's part of the
-    batch (`training.liveness`). XLA's own figure was within 15 % of the total for the
-    models tested; with `remat="blocks"` on convolutional networks it holds less, up to a
-    third, and on CPUs that were not tuned (`cpu.tune`) more. Axes other than `data` and
-    `fsdp` split activations too, which is not counted.
+    batch (`training.liveness`), and gradients are all held if the optimizer needs them
+    together, to clip their norm for example. XLA's own figure was within 15 % of the total
+    for the models tested; it was a fifth less with two examples a device of an `fsdp` mesh,
+    and is more on CPUs that were not tuned (`cpu.tune`). Axes other than `data` and `fsdp`
+    split activations too, which is not counted.
 
     Args:
       model: a linen module.
@@ -197,7 +200,8 @@ def _measure(
     batch_bytes = accumulate * _bytes(local)
     several = accumulate > 1
     skips = scales_loss(precision) or current_runtime().on_nan == "skip"
-    together = several or skips or not _moves_alone(optimizer, state.params, state.opt_state)
+    alone = _moves_alone(optimizer, state.params, state.opt_state)
+    at_once = alone and not several and not skips
     peak = peak_bytes(
         _gradient(loss_fn, compute_dtype(precision)),
         state.params,
@@ -205,16 +209,18 @@ def _measure(
         key,
         state.model_state,
         **_parts(state, shardings, local),
-        taken=0 if together else len(jax.tree.leaves(state.params)),
+        taken=len(jax.tree.leaves(state.params)) if at_once else 0,
     )
-    held = gradients if together else min(gradients, peak)
+    if not alone and not several:
+        peak = max(peak, 2 * gradients)  # what the optimizer makes of them, beside them
+    held = min(gradients, peak)
     return Plan(
         **counted,
         other=whole - sum(counted.values()),
         batch=batch_bytes,
         gradients=held * (2 if several else 1),
         # A batch is laid out anew for its parts.
-        activations=max(0, peak - held) + (batch_bytes if several else 0),
+        activations=peak - held + (batch_bytes if several else 0),
         setting=_setting(model, mesh, accumulate),
     )
 
