@@ -72,7 +72,7 @@ def test_what_is_computed_again_outside_of_loops_is_not_kept(tuned):
     again, kept = (list(map(int, line.split())) for line in done.stdout.splitlines())
     for source in range(2):
         share = again[source] / kept[source]
-        assert share < 0.6 if tuned else share == 1
+        assert share < 0.65 if tuned else share == 1
 
 
 # Of convolutions, norms and ReLUs, in maps: temporary bytes of a gradient, by both.
