@@ -94,18 +94,6 @@ class Stack(nn.Module):
 def loss(variables, x):
     return jnp.sum(Stack().apply(variables, x, mutable=["batch_stats"])[0] ** 2)
 
-class Residual(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.relu(x + ConvNorm(32, 1)(ConvNorm(8, 1)(x, train=True), train=True))
-
-class Again(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(8):
-            x = nn.remat(Residual)()(x)
-        return x
-
 x = jax.ShapeDtypeStruct((8, 24, 24, 32), "float32")
 variables = jax.eval_shape(Stack().init, jax.random.key(0), x)
 step = jax.grad(loss)

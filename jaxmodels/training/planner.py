@@ -139,7 +139,7 @@ def plan(
     that live at once in the traced forward and backward pass of a device's part of the
     batch (`training.liveness`), and gradients are all held if the optimizer needs them
     together, to clip their norm for example. XLA's own figure was within 15 % of the total
-    for the models tested; it was a fifth less with two examples a device of an `fsdp` mesh,
+    for the models tested; it was a sixth less with two examples a device of an `fsdp` mesh,
     and is more on CPUs that were not tuned (`cpu.tune`). Axes other than `data` and `fsdp`
     split activations too, which is not counted.
 

@@ -15,7 +15,7 @@ from jaxmodels import training
 from jaxmodels.models.language.llama import Llama
 from jaxmodels.models.vision.vit import VisionTransformer
 from jaxmodels.ops.stored import stored
-from jaxmodels.training import liveness
+from jaxmodels.training import liveness, runtime
 from jaxmodels.training.liveness import peak_bytes
 from jaxmodels.training.planner import plan
 from jaxmodels.training.sharding import batch_sharding, tree_shardings
@@ -119,6 +119,10 @@ def test_gradients_are_held_together_for_an_optimizer_that_needs_them_all(clip_n
     assert held < found.parameters / 2 if clip_norm is None else held >= 2 * found.parameters
     for together in ({"precision": "float16"}, {"accumulate": 2}):
         assert plan(*case[:2], optimizer, *case[2:], **together).gradients >= found.parameters
+    with runtime.using(runtime.Runtime(on_nan="skip")):
+        skipping = plan(*case[:2], optimizer, *case[2:], mesh=mesh)
+        arguments, temporary = reported(case, mesh, optimizer=optimizer)
+    assert skipping.total == pytest.approx(arguments + temporary, rel=0.15)
 
 
 def test_liveness_of_a_program_counted_by_hand():

@@ -101,7 +101,7 @@ class ResNet(nn.Module):
         with the stem of "imagenet"; that of "cifar" has a quarter of it.
       norm: "batch", or "frozen" for statistics and scales that do not train.
       remat: what the backward pass computes again, a policy of
-        `ops.rematerialisation`, a stage by itself; not on CPUs (see `run_in_turn`).
+        `ops.rematerialisation`, a stage by itself; on CPUs after `cpu.tune()` (see `run_in_turn`).
       dtype: of the computation; parameters are float32.
     """
 

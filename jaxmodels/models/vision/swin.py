@@ -153,7 +153,7 @@ class SwinTransformer(nn.Module):
       dropout: after the patch embedding.
       drop_path: stochastic depth of the last block, from 0 in the first.
       remat: what the backward pass computes again, a policy of
-        `ops.rematerialisation`, a stage by itself; not on CPUs (see `run_in_turn`).
+        `ops.rematerialisation`, a stage by itself; on CPUs after `cpu.tune()` (see `run_in_turn`).
       dtype: of the computation; parameters are float32.
     """
 
