@@ -140,7 +140,8 @@ def run_in_turn(
 
     The blocks need not be equal. Nothing but an optimisation barrier keeps a compiler from
     merging what is computed again with the first time: on CPUs XLA does merge them, so that
-    there only a scan saves memory; on GPUs and TPUs it does not.
+    there only a scan saves memory, unless the process was tuned (`cpu.tune`); on GPUs and
+    TPUs it does not.
 
     Args:
       call: `(model, i, x) -> x`, block i.
