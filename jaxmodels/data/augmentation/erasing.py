@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxmodels.data.augmentation.checks import Batch, check_range, checked_images, uniform
 from jaxmodels.ops.checks import require_within
+from jaxmodels.ops.stored import stored
 
 IMAGENET_MEAN = tuple(level / 127.5 - 1 for level in (125, 122, 114))
 # A rectangle of 0.4 of the area fits in one of eight draws: 64 leave one image in 5,000 whole.
@@ -142,7 +143,9 @@ def hide_and_seek(
     off = jax.random.bernoulli(for_cells, probability, (count, finest, finest))
     off &= (cells > 0)[:, None, None]
     row, column = (jnp.arange(size)[None] * cells[:, None] // size for size in (rows, columns))
-    hidden = jax.vmap(lambda off, row, column: off[row][:, column])(off, row, column)
+    # First the little that columns gather, of which rows then take whole lines.
+    lines = stored(jax.vmap(lambda off, column: off[:, column])(off, column))
+    hidden = jax.vmap(lambda lines, row: lines[row])(lines, row)
     return _hide(function, batch, images, hidden, fill, for_fill)
 
 

@@ -20,6 +20,7 @@ from jaxmodels.data.augmentation.checks import (
     uniform,
 )
 from jaxmodels.ops.checks import require_within
+from jaxmodels.ops.stored import stored
 
 _CROPS = 10
 _IGNORED = 255
@@ -64,7 +65,8 @@ def _flip(function, batch, key, probability, axis, mirrored) -> Batch:
     places = jnp.where(flips, places[:, ::-1], places)
 
     def turn(array):
-        return _take(array, places, axis)
+        # XLA would write columns before rows, and all of it once more in order.
+        return stored(_take(array, places, axis))
 
     same = jnp.array([[1.0, 0, 0], [0, 1, 0]])
     forward = jnp.where(flips[..., None], jnp.array(mirrored)[None], same[None])

@@ -1,6 +1,5 @@
 """Augmentations by name, one after another."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from jaxmodels.data.augmentation.checks import Batch
+from jaxmodels.data.augmentation.checks import MAPS, Batch
 from jaxmodels.data.augmentation.colour import colour
 from jaxmodels.data.augmentation.erasing import cutout, grid_mask, hide_and_seek, random_erasing
 from jaxmodels.data.augmentation.geometry import (
@@ -18,6 +17,8 @@ from jaxmodels.data.augmentation.geometry import (
     resized_crop,
 )
 from jaxmodels.data.augmentation.mixing import cutmix, mixup, soft_labels
+from jaxmodels.ops.mesh_axes import for_each_token
+from jaxmodels.ops.stored import stored
 
 AUGMENTATIONS: dict[str, Callable[..., Batch]] = {
     "flip": flip_horizontal,
@@ -32,6 +33,7 @@ AUGMENTATIONS: dict[str, Callable[..., Batch]] = {
     "mixup": mixup,
     "cutmix": cutmix,
 }
+# Read each pixel once.
 _JOINING = {"erasing", "cutout", "hide_and_seek", "grid_mask"}
 _MIXING = {"mixup", "cutmix"}
 
@@ -48,8 +50,7 @@ def augment(
     For other options call them by themselves, each compiled by itself: written
     one after another into one program, XLA on a CPU computes the first ones
     again for every pixel that a later one gathers, and takes four times as long.
-    Here each is a branch of a loop, which it cannot fuse; only those that hide
-    share that of the one before, as they read each pixel once.
+    Here images are stored between them, but before those that only hide.
 
     Args:
       batch: see each of them.
@@ -73,20 +74,14 @@ def augment(
         return out
     if _MIXING & set(names) and (labels := soft_labels("augment", out, num_classes)) is not None:
         out["label"] = labels
-    groups: list[list[tuple[int, str]]] = []
     for number, name in enumerate(names):
-        if name not in _JOINING or not groups:
-            groups.append([])
-        groups[-1].append((number, name))
-    branches = [functools.partial(_chain, names=tuple(group)) for group in groups]
-
-    def body(number, out):
-        return jax.lax.switch(number, branches, out, key)
-
-    return jax.lax.fori_loop(0, len(branches), body, out)
-
-
-def _chain(out: Batch, key: Key[Array, ""], names: tuple[tuple[int, str], ...]) -> Batch:
-    for number, name in names:
+        if number and name not in _JOINING:
+            out = _fenced(out)
         out = AUGMENTATIONS[name](out, jax.random.fold_in(key, number))
-    return out
+    return _fenced(out)
+
+
+def _fenced(out: Batch) -> Batch:
+    """The batch, whose images and maps what comes later cannot compute again."""
+    maps = {name: for_each_token(stored, out[name]) for name in ("image", *MAPS) if name in out}
+    return jax.lax.optimization_barrier({**out, **maps})

@@ -1,6 +1,7 @@
 """Augmentations by name against the same functions called one by one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.data.augmentation import AUGMENTATIONS, augment
+from jaxmodels.training.sharding import batch_sharding, make_mesh
 
 IMAGES = jax.random.uniform(jax.random.key(0), (3, 19, 17, 3), minval=-1)
 BATCH = {"image": IMAGES, "label": jnp.arange(3)}
@@ -32,6 +34,18 @@ def test_equals_the_functions_in_turn(names):
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=2e-4)
         assert got[name].dtype == value.dtype
+
+
+def test_devices_change_their_own_images():
+    names, key = ("flip", "erasing", "crop"), jax.random.key(1)
+    batch = {"image": jnp.tile(IMAGES[:2], (2, 1, 1, 1)), "mask": jnp.zeros((4, 19, 17), int)}
+    want = jax.jit(lambda batch: augment(batch, key, names))(batch)
+    mesh = make_mesh("data=4", jax.devices()[:4])
+    placed = jax.device_put(batch, batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda batch: augment(batch, key, names)).lower(placed).compile()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), step(placed), want)
+    assert not re.search(r"\[4,19,17\S* all-gather", step.as_text())
 
 
 def test_no_names_change_nothing_and_numpy_is_welcome():
