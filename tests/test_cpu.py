@@ -75,43 +75,63 @@ def test_what_is_computed_again_outside_of_loops_is_not_kept(tuned):
         assert share < 0.65 if tuned else share == 1
 
 
-# Of convolutions, norms and ReLUs, in maps: temporary bytes of a gradient, by both.
-CONVOLUTIONS = """
+# Temporary bytes of a gradient in maps, by XLA and by the planner: of convolutions, norms and
+# ReLUs, where a map is the size of x, and of causal attention, where it is that of logits.
+STACK = """
 import flax.linen as nn, jax, jax.numpy as jnp
 from jaxmodels import cpu
 from jaxmodels.layers.conv_norm import ConvNorm
+from jaxmodels.ops import dot_product_attention
 from jaxmodels.training.liveness import peak_bytes
 
 cpu.tune()
 
-class Stack(nn.Module):
+class Convolutions(nn.Module):
     @nn.compact
     def __call__(self, x):
         for _ in range(8):
             x = ConvNorm(32, 3)(x, train=True)
         return x
 
-def loss(variables, x):
-    return jnp.sum(Stack().apply(variables, x, mutable=["batch_stats"])[0] ** 2)
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(8):
+            q, k, v = (nn.DenseGeneral((4, 8))(x) for _ in range(3))
+            x += dot_product_attention(q, k, v, causal=True).reshape(x.shape)
+        return x
 
-x = jax.ShapeDtypeStruct((8, 24, 24, 32), "float32")
-variables = jax.eval_shape(Stack().init, jax.random.key(0), x)
+stack, shape, of_map = {stack}
+x = jax.ShapeDtypeStruct(shape, "float32")
+
+def loss(variables, x):
+    return jnp.sum(stack.apply(variables, x, mutable=["batch_stats"])[0] ** 2)
+
+variables = jax.eval_shape(stack.init, jax.random.key(0), x)
 step = jax.grad(loss)
 compiled = jax.jit(step).lower(variables, x).compile()
 for found in (compiled.memory_analysis().temp_size_in_bytes, peak_bytes(step, variables, x)):
-    print(found / (4 * x.size))
+    print(found / (4 * of_map))
 """
 
 
-def test_of_convolutions_and_norms_two_maps_a_layer_are_kept():
-    """And nothing is made of them before it is needed."""
+@pytest.mark.parametrize(
+    "stack, most",
+    [
+        ("Convolutions(), (8, 24, 24, 32), 8 * 24 * 24 * 32", 2 * 8 + 2),
+        ("Attention(), (2, 256, 32), 2 * 4 * 256 * 256", 8 + 4),
+    ],
+)
+def test_nothing_is_made_of_what_is_kept_before_it_is_needed(stack, most):
+    """Two maps a layer of convolutions and norms, one of attention."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    script = STACK.replace("{stack}", stack)
     done = subprocess.run(
-        [sys.executable, "-c", CONVOLUTIONS], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     used, planned = map(float, done.stdout.split())
-    assert used < 2 * 8 + 2
+    assert used < most
     assert planned == pytest.approx(used, rel=0.15)
 
 

@@ -16,16 +16,17 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmodels.ops.attention_naive import SegmentIds, Window, visible
 from jaxmodels.ops.batched_product import batched_product, transposed
-from jaxmodels.ops.mesh_axes import vary_alike
+from jaxmodels.ops.mesh_axes import axis_size, batch_axes, vary_alike
 from jaxmodels.ops.rematerialisation import ATTENTION
 
-# Beyond as many logits of all images and heads, blocks that stay in the cache are faster.
+# Beyond as many logits of a device's examples, blocks that stay in the cache are faster.
 _MOST_LOGITS = 1 << 22
 
 
 def suits(q: Float[Array, "N T H K"], k: Float[Array, "N S G K"]) -> bool:
     """Whether a call has so few logits that `short_attention` is the faster."""
-    return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] <= _MOST_LOGITS
+    examples = q.shape[0] // axis_size(*batch_axes(len(q)))
+    return examples * q.shape[2] * q.shape[1] * k.shape[1] <= _MOST_LOGITS
 
 
 def short_attention(
@@ -113,6 +114,8 @@ def _backward(config, kept, d_out):
     q, k, v, bias, seen, out = kept
     delta = jnp.sum(d_out * out, axis=-1)
     weights, total, slope = _softmax(config, q, k, bias, seen)
+    # They are those of the forward pass, of which XLA would make all below at once otherwise.
+    weights, d_out = jax.lax.optimization_barrier((weights, d_out))
     weights = weights / total[..., None]
     d_weights = batched_product(d_out, v.swapaxes(1, 2))
     d_logits = weights * (d_weights - delta[..., None])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.ops import attention, attention_fused, dot_product_attention
+from jaxmodels.training import make_mesh
 
 # Without the run-time checks of annotations, which the test suite adds.
 as_users_run_it = dot_product_attention.__wrapped__
@@ -92,6 +93,9 @@ def test_few_logits_are_short_and_many_go_in_blocks():
     assert choice("cpu", arrays=some(592, 590, kv_heads=1)) == "short_attention"
     assert choice("cpu", arrays=some(593, 590)) == "blocked_attention"
     assert choice("cpu", "short", arrays=some(593, 590)) == "short_attention"
+    with jax.set_mesh(make_mesh("fsdp=2", jax.devices()[:2])):  # each device has one image
+        assert choice("cpu", arrays=some(593, 590)) == "short_attention"
+        assert choice("cpu", arrays=some(1186, 590)) == "blocked_attention"
 
 
 ODD = qkv(width=64, value_width=64, queries=255, keys=256, dtype="bfloat16")
