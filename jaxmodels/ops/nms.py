@@ -264,9 +264,12 @@ def _silence_in_turn(block, kept: Bool[Array, "M"], others, left: Bool[Array, "N
     # Coordinates side by side fill vectors; and each box's area is worked out once.
     columns = [stored(column) for column in (*boxes.T, box_area(boxes))]
 
+    in_turns = jax.tree.map(lambda part: part.reshape(-1, _AT_ONCE, *part.shape[1:]), block)
+
     def silence(turn, most):
+        some = jax.tree.map(lambda part: stored(part[turn]), in_turns)
         for n in range(_AT_ONCE):
-            box, kind = jax.tree.map(lambda part, n=n: part[turn * _AT_ONCE + n], block)
+            box, kind = jax.tree.map(lambda part, n=n: part[n], some)
             overlap = column_iou(box, *columns)
             if classes is not None:
                 overlap = jnp.where(classes == kind, overlap, 0)

@@ -170,7 +170,6 @@ def test_modules_and_detections_are_those_of_the_published_network(pair):
     same(scores.deltas[0], deltas)
     probabilities = torch.softmax(logits, 1).detach().numpy()
     expected = two_stage.detect(probabilities, deltas.detach().numpy(), boxes, size, 0.05, 0.5, 13)
-    print(expected[2], expected[1], probabilities[:5])
     assert len(expected[0]) == 13 and len({*expected[2]}) > 1
     np.testing.assert_allclose(found.boxes[0], expected[0], rtol=1e-3, atol=0.05)
     np.testing.assert_allclose(found.scores[0], expected[1], rtol=1e-3)
