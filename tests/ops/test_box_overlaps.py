@@ -162,8 +162,9 @@ def test_of_columns_is_that_of_boxes_bit_for_bit():
     for boxes in (fine, whole, strange):
         columns, areas = boxes.T, ops.box_area(jnp.asarray(boxes))
         for box in boxes[np.isfinite(boxes).all(axis=1)][:40]:
-            found, expected = apply(box, *columns, areas), compare(box[None], boxes)[0]
-            shared = np.asarray(expected) > 0
+            found = np.asarray(apply(box, *columns, areas))
+            expected = np.asarray(compare(box[None], boxes)[0])
+            shared = expected > 0
             np.testing.assert_array_equal(found[shared], expected[shared])
             assert (found[~shared] <= 0).all()
 

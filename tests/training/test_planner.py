@@ -90,7 +90,7 @@ CASES = [
     (decoder(scan=True), "", 1),
     (decoder(), "", 1),
     (decoder(remat="sqrt"), "", 1),
-    # With two examples a device, where parameters outweigh activations, it is 18 % too much.
+    # With two examples a device parameters outweigh activations, and it is 20 % too much.
     (decoder(32, remat="sqrt"), "fsdp=8", 1),
 ]
 
