@@ -139,10 +139,10 @@ def plan(
     that live at once in the traced forward and backward pass of a device's part of the
     batch (`training.liveness`), and gradients are all held if the optimizer needs them
     together, to clip their norm for example. XLA's own figure was within 15 % of the total
-    for the models tested. Where the parameters that `fsdp` splits are larger than what a
-    device computes of its examples, XLA may gather examples instead or keep parameters
-    transposed too, and its figure was 0.75 to 1.19 of the total; it is more on CPUs that
-    were not tuned (`cpu.tune`). Axes other than `data` and `fsdp`
+    for the models tested. Under `fsdp` it was a sixth less with `remat="sqrt"` and for Swin,
+    and 0.75 to 1.19 of the total where parameters are larger than what a device computes
+    of its examples: XLA may gather examples instead, or keep parameters transposed too. It
+    is more on CPUs that were not tuned (`cpu.tune`). Axes other than `data` and `fsdp`
     split activations too, which is not counted.
 
     Args:
