@@ -7,7 +7,7 @@ Claim     With augmentation a small transformer (Dosovitskiy et al. 2021, arXiv:
           of yours: better than always naming the most frequent class.
 Measured  Top-1 and top-5 accuracy on pictures held out (a fifth of them).
 Run       python experiments/classify.py            (about 3 min on 2 CPU cores)
-          python experiments/classify.py --model vit_tiny_patch16_224
+          python experiments/classify.py --model vit_tiny_patch16_224 --steps 3000
           python experiments/classify.py --data PICTURES --pretrained google/vit-base-patch16-224
           python experiments/classify.py --help
 """
