@@ -36,6 +36,12 @@ def test_equals_the_functions_in_turn(names):
         assert got[name].dtype == value.dtype
 
 
+def test_images_are_stored_after_all_but_what_goes_into_those_that_hide():
+    names = ("colour", "cutout", "crop", "mixup")
+    program = jax.make_jaxpr(lambda b, k: augment(b, k, names, num_classes=5))
+    assert str(program(BATCH, jax.random.key(0))).count(" = layout_constraint[") == 3
+
+
 def test_devices_change_their_own_images():
     names, key = ("flip", "erasing", "crop"), jax.random.key(1)
     batch = {"image": jnp.tile(IMAGES[:2], (2, 1, 1, 1)), "mask": jnp.zeros((4, 19, 17), int)}
